@@ -1,0 +1,96 @@
+"""The values that travel between the front ends and the dispatcher.
+
+    bytes ─► inference_pb2 message ─► validation ─► GenerationRequest ─► Dispatcher ─► events ─► bytes
+
+Both front ends speak through `rempart.v1` messages, so there is one validator and one dispatcher for all of them.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from rempart_protos.v1 import sampling_pb2
+
+
+class FinishReason(Enum):
+    """Why a choice ended; the values are OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: the tenant of a valid API key."""
+
+    tenant: str
+    key_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """A valid request. Behind this type nothing checks input again.
+
+    `sampling` is complete in `max_tokens` (never unset, and prompt + max_tokens fits the model) and `seed`.
+    """
+
+    request_id: str
+    """Minted here, 128 random bits; never the client's."""
+    caller: Caller
+    model: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: sampling_pb2.SamplingParams
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    prompt_cache_key: str = ""
+    user: str = ""
+    created_s: int = 0
+    timeout_s: float | None = None
+
+    @property
+    def num_choices(self) -> int:
+        return self.sampling.n if self.sampling.HasField("n") else 1
+
+    @property
+    def worst_case_tokens(self) -> int:
+        """What is reserved: the prompt once, and every choice to its end."""
+        return len(self.prompt_token_ids) + self.num_choices * self.sampling.max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TextLogprob:
+    """A token's text, exact bytes and natural log-probability; `top` are the likeliest alternatives in order."""
+
+    token: str
+    token_bytes: bytes
+    logprob: float
+    top: tuple["TextLogprob", ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text of one choice; never half a character, never part of a stop string."""
+
+    choice: int
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TextLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A choice ended."""
+
+    choice: int
+    reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What was used and is charged. Completion tokens are those delivered to the client."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+GenerationEvent = Delta | Finished | Usage
