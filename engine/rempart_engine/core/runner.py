@@ -1,0 +1,39 @@
+"""What the step loop asks of whoever computes: the only door between scheduling and tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from rempart_engine.core.step import StepPlan, StepResult
+
+
+class Runner(Protocol):
+    """Computes plans, in order, and keeps the rows that they build on."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute the plan; the result holds one entry per row of the plan, in its order.
+
+        A row that fails alone is reported in its `RowResult.error`; an exception means that the whole step failed.
+        """
+        ...
+
+    def release_rows(self, rows: Sequence[int]) -> None:
+        """Forget rows whose sequences ended or were preempted; a later plan may name them again in `new_rows`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A runner that is ready to compute, with the facts about its model that scheduling and callers need."""
+
+    runner: Runner
+    model_name: str
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    """Most tokens of one sequence: prompt and output together."""
+    eos_token_ids: tuple[int, ...]
+    num_blocks: int
+    """KV blocks that the runner's storage holds; block ids are 0 .. num_blocks - 1."""
+    dtype: str
+    """Of weights and activations, for people: "float32", "bfloat16"."""
