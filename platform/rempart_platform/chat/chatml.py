@@ -1,0 +1,41 @@
+r"""ChatML: `<|im_start|>role\ncontent<|im_end|>\n` for each message, then `<|im_start|>assistant\n`."""
+
+import re
+from collections.abc import Sequence
+
+from rempart_platform.chat.message import Message
+from rempart_platform.text.text_model import TextModel
+from rempart_platform.text.tokenizer import Tokenizer
+
+# A system message written out in the template, its line break as itself or as an escape of the template's own string.
+_DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\n|\\n)([^{}'\"<]+)<\|im_end\|>")
+
+
+class ChatML:
+    """Renders for one tokenizer; `default_system` opens a conversation that starts with no system message."""
+
+    def __init__(self, tokenizer: Tokenizer, default_system: str | None) -> None:
+        self._tokenizer = tokenizer
+        self._default_system = default_system
+        self._start = tokenizer.special_token_id("<|im_start|>")
+        self._end = tokenizer.special_token_id("<|im_end|>")
+        self._line_break = tokenizer.encode("\n")
+        self._answer = [self._start, *tokenizer.encode("assistant\n")]
+
+    @classmethod
+    def for_model(cls, model: TextModel) -> "ChatML":
+        """With the default system message that the model's template spells out, if any."""
+        found = _DEFAULT_SYSTEM.search(model.chat_template or "")
+        return cls(model.tokenizer, found.group(1) if found else None)
+
+    def render(self, messages: Sequence[Message]) -> list[int]:
+        """Prompt token ids, ready for the assistant's answer."""
+        turns = list(messages)
+        if self._default_system is not None and (not turns or turns[0].role != "system"):
+            turns.insert(0, Message("system", self._default_system))
+        token_ids = [token_id for turn in turns for token_id in self._render_turn(turn)]
+        return token_ids + self._answer
+
+    def _render_turn(self, turn: Message) -> list[int]:
+        text = self._tokenizer.encode(f"{turn.role}\n{turn.content}")
+        return [self._start, *text, self._end, *self._line_break]

@@ -1,0 +1,74 @@
+"""The models that this router serves, as its front ends see them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rempart_platform.chat.format import ChatFormat, find_chat_format
+from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.text.from_folder import load_folder
+from rempart_platform.text.from_gguf import load_gguf
+from rempart_platform.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One model. `chat_format` is None when the model has none that we know: it completes text, and does not chat."""
+
+    name: str
+    tokenizer: Tokenizer
+    chat_format: ChatFormat | None
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    created_s: int
+
+
+class ModelCatalog:
+    """Served models by name."""
+
+    def __init__(self, models: Iterable[ServedModel]) -> None:
+        self._models = {model.name: model for model in models}
+
+    def get(self, name: str) -> ServedModel:
+        """Raises RempartError MODEL_NOT_FOUND."""
+        try:
+            return self._models[name]
+        except KeyError:
+            message = f"The model `{name[:100]}` does not exist or you do not have access to it."
+            raise RempartError(ErrorKind.MODEL_NOT_FOUND, message, param="model") from None
+
+    def all(self) -> list[ServedModel]:
+        """In order of name."""
+        return [self._models[name] for name in sorted(self._models)]
+
+
+def load_served_model(
+    path: Path,
+    *,
+    name: str,
+    max_model_len: int,
+    created_s: int,
+    vocab_size: int | None = None,
+    eos_token_ids: tuple[int, ...] = (),
+) -> ServedModel:
+    """Reads the text side of a model from a GGUF file or a Hugging Face folder; touches no weights.
+
+    Args:
+        path: the file or folder.
+        name: to serve it under.
+        max_model_len: most tokens of prompt and output together, as the engine serves it.
+        created_s: seconds since the epoch.
+        vocab_size: number of the engine's token ids; the tokenizer's when None.
+        eos_token_ids: the engine's; the tokenizer's when empty.
+    """
+    text = load_folder(path) if path.is_dir() else load_gguf(path)
+    return ServedModel(
+        name=name,
+        tokenizer=text.tokenizer,
+        chat_format=find_chat_format(text),
+        max_model_len=max_model_len,
+        vocab_size=vocab_size or text.tokenizer.vocab_size,
+        eos_token_ids=eos_token_ids or text.tokenizer.eos_token_ids,
+        created_s=created_s,
+    )
