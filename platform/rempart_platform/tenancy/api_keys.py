@@ -1,0 +1,223 @@
+"""API keys: a bearer token that says which tenant asks.
+
+    rk_<key id>_<secret>        key id: 64 random bits, kept in the clear; secret: 256 random bits, kept by the tenant
+
+Kept is HMAC-SHA-256(pepper, whole key). The secret is random, so no slow hash is needed, and without the pepper, which
+is not in Redis, the digests serve no one. A key that is unknown, wrong or revoked gets one and the same answer.
+"""
+
+import hashlib
+import hmac
+import re
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.generation import Caller
+from rempart_platform.tenancy.keyspace import TenantKeys, api_key_record
+from rempart_platform.tenancy.redis_client import RedisClient
+
+_KEY_ID = re.compile(r"[0-9a-f]{16}")
+_KEY = re.compile(r"rk_([0-9a-f]{16})_[0-9a-f]{64}")
+MIN_PEPPER_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key without its secret."""
+
+    key_id: str
+    tenant: str
+    created_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedKey:
+    """A new key with its secret, which is shown this once."""
+
+    key_id: str
+    key: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """What is kept of a key."""
+
+    tenant: str
+    digest: str = field(repr=False)
+
+
+class KeyHasher:
+    """Digests of keys under the pepper.
+
+    Raises:
+        ValueError: a pepper so short that it could be guessed.
+    """
+
+    def __init__(self, pepper: bytes) -> None:
+        if len(pepper) < MIN_PEPPER_BYTES:
+            raise ValueError(f"the pepper of API keys needs at least {MIN_PEPPER_BYTES} bytes")
+        self._pepper = pepper
+
+    def digest(self, key: str) -> str:
+        return hmac.new(self._pepper, key.encode(), hashlib.sha256).hexdigest()
+
+
+class ApiKeyStore:
+    """Issues, lists and revokes keys. The caller has checked that the tenant exists.
+
+    Raises:
+        RempartError: NOT_FOUND for a key that is not there; UNAVAILABLE when Redis does not answer.
+    """
+
+    def __init__(self, redis: RedisClient, hasher: KeyHasher, clock: Callable[[], float] = time.time) -> None:
+        self._redis = redis
+        self._hasher = hasher
+        self._clock = clock
+
+    async def issue(self, tenant: str) -> IssuedKey:
+        key_id = secrets.token_hex(8)
+        key = f"rk_{key_id}_{secrets.token_hex(32)}"
+        created_s = int(self._clock())
+        record = {"tenant": tenant, "digest": self._hasher.digest(key), "created_s": str(created_s)}
+        # Listed first and made valid second: no crash leaves a valid key that is in no list.
+        await self._redis.call(lambda redis: redis.zadd(TenantKeys(tenant).api_keys, {key_id: created_s}))
+        await self._redis.write_hash(api_key_record(key_id), record)
+        return IssuedKey(key_id, key)
+
+    async def list(self, tenant: str) -> tuple[ApiKey, ...]:
+        """Valid keys of a tenant, in order of creation."""
+        key_ids = await self._redis.call(lambda redis: redis.zrange(TenantKeys(tenant).api_keys, 0, -1))
+        keys = [await self._load(str(key_id)) for key_id in key_ids]
+        return tuple(key for key in keys if key is not None)
+
+    async def revoke(self, key_id: str) -> ApiKey:
+        """Ends a key: here at once, in every `Authenticator` when its memory of it ends."""
+        key = await self._load(key_id) if _KEY_ID.fullmatch(key_id) else None
+        if key is None:
+            raise RempartError(ErrorKind.NOT_FOUND, "There is no such key.", param="key_id")
+        await self._redis.call(lambda redis: redis.delete(api_key_record(key_id)))
+        await self._redis.call(lambda redis: redis.zrem(TenantKeys(key.tenant).api_keys, key_id))
+        return key
+
+    async def find(self, key_id: str) -> KeyRecord | None:
+        stored = await self._redis.read_hash(api_key_record(key_id))
+        return KeyRecord(stored["tenant"], stored["digest"]) if stored else None
+
+    async def _load(self, key_id: str) -> ApiKey | None:
+        stored = await self._redis.read_hash(api_key_record(key_id))
+        return ApiKey(key_id, stored["tenant"], int(stored["created_s"])) if stored else None
+
+
+class RecordCache:
+    """Remembers records for a short time, at most `capacity` of them; the least recently used goes first."""
+
+    def __init__(self, capacity: int, ttl_s: float, clock: Callable[[], float]) -> None:
+        self._capacity = capacity
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self._entries: OrderedDict[str, tuple[float, KeyRecord | None]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key_id: str) -> tuple[KeyRecord | None] | None:
+        """A one-tuple of what is remembered, be it that there is no such key; None when nothing is."""
+        entry = self._entries.get(key_id)
+        if entry is None or entry[0] <= self._clock():
+            return None
+        self._entries.move_to_end(key_id)
+        return (entry[1],)
+
+    def put(self, key_id: str, record: KeyRecord | None, asked_at: float) -> None:
+        """Keeps what was true at `asked_at`, a time of the same clock."""
+        self._entries[key_id] = (asked_at + self._ttl_s, record)
+        self._entries.move_to_end(key_id)
+        while len(self._entries) > self._capacity:
+            self._entries.popitem(last=False)
+
+
+class Authenticator:
+    """Bearer token → caller.
+
+    Args:
+        store: where keys are found.
+        hasher: the same that issued them.
+        cache_s: how long a key is remembered; a revoked key lives at most that long.
+        cache_capacity: keys remembered; as many again that do not exist, apart, so that a flood of guesses cannot
+            push out real ones.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        store: ApiKeyStore,
+        hasher: KeyHasher,
+        *,
+        cache_s: float = 5.0,
+        cache_capacity: int = 10_000,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._hasher = hasher
+        self._clock = clock
+        self._known = RecordCache(cache_capacity, cache_s, clock)
+        self._unknown = RecordCache(cache_capacity, cache_s, clock)
+        self._no_record = KeyRecord("", hasher.digest(secrets.token_hex(32)))
+
+    async def authenticate(self, bearer: str) -> Caller:
+        """The caller of a key, given without "Bearer ".
+
+        Raises:
+            RempartError: INVALID_API_KEY; UNAVAILABLE when Redis is needed and does not answer.
+        """
+        match = _KEY.fullmatch(bearer)
+        if match is None:
+            raise _invalid_key()
+        key_id = match.group(1)
+        record = await self._find(key_id)
+        # Compared also when there is no record: the answer takes the same time.
+        is_right = hmac.compare_digest((record or self._no_record).digest, self._hasher.digest(bearer))
+        if record is None or not is_right:
+            raise _invalid_key()
+        return Caller(record.tenant, key_id)
+
+    async def _find(self, key_id: str) -> KeyRecord | None:
+        remembered = self._known.get(key_id) or self._unknown.get(key_id)
+        if remembered is not None:
+            return remembered[0]
+        asked_at = self._clock()
+        record = await self._store.find(key_id)
+        (self._known if record else self._unknown).put(key_id, record, asked_at)
+        return record
+
+
+class AdminAuthenticator:
+    """Compares a bearer token with the one admin key.
+
+    Raises:
+        ValueError: an admin key so short that it could be guessed.
+    """
+
+    def __init__(self, admin_key: str) -> None:
+        if len(admin_key) < MIN_PEPPER_BYTES:
+            raise ValueError(f"the admin key needs at least {MIN_PEPPER_BYTES} characters")
+        # Digests have one length, so that the comparison does not tell that of the key.
+        self._hasher = KeyHasher(secrets.token_bytes(32))
+        self._digest = self._hasher.digest(admin_key)
+
+    def authenticate(self, bearer: str) -> None:
+        """Passes the admin key, given without "Bearer ".
+
+        Raises:
+            RempartError: INVALID_API_KEY.
+        """
+        if not hmac.compare_digest(self._digest, self._hasher.digest(bearer)):
+            raise _invalid_key()
+
+
+def _invalid_key() -> RempartError:
+    return RempartError(ErrorKind.INVALID_API_KEY, "The API key is not valid.")

@@ -1,0 +1,30 @@
+"""The Lua scripts of this package: one file is one transition, which Redis runs as a whole or not at all.
+
+`ledger.lua` holds the functions that all of them share; Redis has no `require`, so it is put before each text.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from importlib import resources
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A script's text and the SHA-1 by which Redis knows it."""
+
+    name: str
+    text: str = field(repr=False)
+    sha1: str
+
+
+def load_script(name: str, *, runs_when_memory_is_full: bool = False) -> Script:
+    """Reads `scripts/<name>.lua`.
+
+    Args:
+        runs_when_memory_is_full: for scripts that give back or settle; without them a full Redis could not recover.
+    """
+    folder = resources.files("rempart_platform.tenancy") / "scripts"
+    flags = "#!lua flags=allow-oom\n" if runs_when_memory_is_full else "#!lua\n"
+    text = flags + (folder / "ledger.lua").read_text() + (folder / f"{name}.lua").read_text()
+    # SHA-1 is Redis's name for a script, not a protection.
+    return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
