@@ -7,23 +7,23 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from rempart_platform.tenancy.lua import Script
 from rempart_platform.tenancy.redis_client import RedisAwayError, RedisClient
 
-logger = logging.getLogger("rempart.ledger")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """One run of the settle or the refund script, and what is told when it could never be brought."""
+    """One run of the settle or the refund script; `fields` are for the log if it can never be brought."""
 
     script: Script
     keys: tuple[str, ...]
-    args: tuple[str | int, ...]
-    description: str
+    args: Sequence[str | int]
+    fields: Mapping[str, object] = field(default_factory=dict)
 
 
 class EndingQueue:
@@ -107,4 +107,4 @@ class EndingQueue:
 
     def _lose(self, ending: Ending) -> None:
         self._on_lost()
-        logger.error("lost the ending of a reservation: %s", ending.description)
+        logger.error("the ending of a reservation is lost", extra={"fields": dict(ending.fields)})

@@ -26,7 +26,7 @@ from rempart_platform.tenancy.redis_client import RedisAwayError, RedisClient
 from rempart_platform.tenancy.reservation import Reservation, ReserveReply, Snapshot
 from rempart_platform.tenancy.tenants import TenantLimits
 
-logger = logging.getLogger("rempart.ledger")
+logger = logging.getLogger(__name__)
 
 RESERVE = load_script("reserve")
 SETTLE = load_script("settle", runs_when_memory_is_full=True)
@@ -150,9 +150,11 @@ class Ledger:
         counted = usage.prompt_tokens - usage.cached_tokens + usage.completion_tokens
         counted += math.ceil(self._config.cached_token_weight * usage.cached_tokens)
         counts = (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
-        description = f"settle {reservation.reservation_id} of {reservation.tenant}: {model} {usage}"
-        args = (reservation.reservation_id, self._window_us, self._memory_us, counted, model, *counts)
-        if await self._end(reservation, Ending(SETTLE, TenantKeys(reservation.tenant).ledger, args, description)):
+        args: list[str | int] = [reservation.reservation_id, self._window_us, self._memory_us, counted, model, *counts]
+        names = ("ending", "reservation_id", "tenant", "model", "prompt_tokens", "completion_tokens", "cached_tokens")
+        values = ("settle", reservation.reservation_id, reservation.tenant, model, *counts)
+        ending = Ending(SETTLE, TenantKeys(reservation.tenant).ledger, args, dict(zip(names, values, strict=True)))
+        if await self._end(reservation, ending):
             self._observer.settled(reservation.tenant, model, usage)
 
     async def refund(self, reservation: Reservation) -> None:
@@ -182,14 +184,14 @@ class Ledger:
             await asyncio.sleep(self._config.lease_s / 3)
             try:
                 await self.renew_leases()
-            except RedisAwayError as error:
+            except RedisAwayError:
                 # The next round gives back what expires meanwhile.
-                logger.warning("could not renew leases: %s", error.message)
+                logger.warning("leases could not be renewed", extra={"fields": {"num_open": self.num_open}})
 
     def _refund_ending(self, reservation: Reservation) -> Ending:
         args = (reservation.reservation_id, self._window_us, self._memory_us)
-        description = f"refund {reservation.reservation_id} of {reservation.tenant}"
-        return Ending(REFUND, TenantKeys(reservation.tenant).ledger, args, description)
+        fields = {"ending": "refund", "reservation_id": reservation.reservation_id, "tenant": reservation.tenant}
+        return Ending(REFUND, TenantKeys(reservation.tenant).ledger, args, fields)
 
     async def _end(self, reservation: Reservation, ending: Ending) -> bool:
         """True for the first ending of a reservation of this router."""
