@@ -1,0 +1,221 @@
+"""One request's whole way, from admission to the one unwind that every ending takes.
+
+    async with dispatcher.admit(request) as generation:
+        an endpoint must be ready for the model ───────────────► 503
+        reserve the worst case from the tenant's quota ────────► 429 with the true wait
+        generation.headers
+        async for event in generation.events():
+        ┌─► pick an endpoint ── in-flight +1
+        │   session.generate ── token events ──► text without stop strings ──► Delta*, Finished of each choice
+        └── engine unavailable and nothing delivered yet: once more, elsewhere
+            settle ──► Usage
+    unwind:  abort what still runs, in-flight -1 · settle what was delivered · metrics · one log line
+
+Only tokens whose event the front end has taken are charged; the prompt is charged once the engine has begun.
+"""
+
+import hmac
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from rempart_platform.endpoints.pool import EnginePool, no_endpoint
+from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.generation import GenerationEvent, GenerationRequest, Usage
+from rempart_platform.metrics import RouterMetrics
+from rempart_platform.models import ModelCatalog
+from rempart_platform.request_log import log_request
+from rempart_platform.request_output import RequestOutput
+from rempart_platform.request_trace import RequestTrace
+from rempart_platform.tenancy.reservation import Reservation
+from rempart_protos.v1 import engine_pb2
+
+
+class QuotaLedger(Protocol):
+    """What dispatch needs of quotas; `tenancy.quota.Ledger` in production."""
+
+    async def reserve(self, tenant: str, request_id: str, tokens: int) -> Reservation:
+        """Raises RempartError when the tenant may not; holds nothing then, nor when it is cancelled."""
+
+    async def settle(self, reservation: Reservation, usage: Usage, model: str) -> None:
+        """Ends the reservation with what was used, even when it is cancelled."""
+
+    async def refund(self, reservation: Reservation) -> None:
+        """Ends the reservation as if it had never been made, even when it is cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchConfig:
+    """How requests are dispatched."""
+
+    cache_secret: bytes = field(repr=False)
+    """Key of the prefix-cache salts. All routers of the same engines share it, or share no cache."""
+    max_attempts: int = 2
+    """Endpoints that one request may be handed to."""
+    default_timeout_s: float = 600.0
+    """For requests without a deadline of their own."""
+    retry_after_s: float = 2.0
+    """The wait that is advised while no endpoint is ready."""
+
+
+class Generation:
+    """An admitted request."""
+
+    def __init__(self, headers: Mapping[str, str], events: AsyncGenerator[GenerationEvent, None]) -> None:
+        self.headers = dict(headers)
+        """x-ratelimit-*, for the response."""
+        self._events = events
+
+    def events(self) -> AsyncIterator[GenerationEvent]:
+        """Deltas, Finished of every choice, Usage last. To be read once.
+
+        Raises:
+            RempartError: the request cannot go on; nothing comes after it.
+        """
+        return self._events
+
+
+class Dispatcher:
+    """Takes valid requests through quota, endpoint and text.
+
+    Args:
+        ledger: quotas.
+        pool: endpoints.
+        catalog: what turns token ids to text, by model.
+        config: limits and the salt's secret.
+        metrics: told of every request.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        ledger: QuotaLedger,
+        pool: EnginePool,
+        catalog: ModelCatalog,
+        config: DispatchConfig,
+        metrics: RouterMetrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ledger = ledger
+        self._pool = pool
+        self._catalog = catalog
+        self._config = config
+        self._metrics = metrics
+        self._clock = clock
+
+    @asynccontextmanager
+    async def admit(self, request: GenerationRequest) -> AsyncIterator[Generation]:
+        """Admits a request; leaving the block ends it, whatever state it is in.
+
+        Raises:
+            RempartError: RATE_LIMIT_EXCEEDED, UNAVAILABLE or what else the quota says, before anything was charged.
+        """
+        trace = RequestTrace(request, self._clock())
+        try:
+            if not self._pool.can_serve(request.model):
+                raise no_endpoint(request.model, self._config.retry_after_s)
+            reservation = await self._ledger.reserve(
+                request.caller.tenant, request.request_id, request.worst_case_tokens
+            )
+        except BaseException as error:
+            trace.failed(error)
+            self._report(trace)
+            raise
+        self._metrics.request_admitted(trace)
+        settlement = _Settlement(self._ledger, reservation, trace)
+        events = self._relay(trace, settlement)
+        try:
+            yield Generation(reservation.headers, events)
+        except BaseException as error:
+            trace.failed(error)
+            raise
+        finally:
+            await events.aclose()
+            self._metrics.request_left(trace)
+            self._report(trace)
+            await settlement.settle()
+
+    async def _relay(self, trace: RequestTrace, settlement: "_Settlement") -> AsyncGenerator[GenerationEvent, None]:
+        request = trace.request
+        model = self._catalog.get(request.model)
+        while True:
+            output = RequestOutput(request, model)
+            try:
+                with (
+                    self._pool.pick(request.model, request.worst_case_tokens, avoid=trace.endpoints) as session,
+                    session.generate(self._engine_request(trace)) as stream,
+                ):
+                    trace.dispatched(session.address, self._clock())
+                    async for token_events in stream:
+                        if trace.first_event_s is None:
+                            trace.engine_began(token_events[0].num_cached_tokens, self._clock())
+                        for event in output.push(token_events):
+                            trace.delivered(event, self._clock())
+                            yield event
+                        if output.is_finished:
+                            break
+                break
+            except RempartError as error:
+                self._metrics.attempt_failed(request.model, error.answer.openai_code)
+                if not self._may_retry(error, trace):
+                    trace.failed(error)
+                    raise
+                self._metrics.retried(request.model)
+        trace.is_complete = True
+        await settlement.settle()  # before the client learns that it is over and sends its next request
+        yield trace.usage
+
+    def _may_retry(self, error: RempartError, trace: RequestTrace) -> bool:
+        """An engine that was not there costs the client nothing while it has seen nothing."""
+        return (
+            error.kind is ErrorKind.UNAVAILABLE
+            and trace.first_event_s is None
+            and 0 < len(trace.endpoints) < self._config.max_attempts
+            and self._pool.can_serve(trace.request.model, avoid=trace.endpoints)
+        )
+
+    def _engine_request(self, trace: RequestTrace) -> engine_pb2.GenerateRequest:
+        request = trace.request
+        attempt = len(trace.endpoints)
+        timeout_s = request.timeout_s if request.timeout_s is not None else self._config.default_timeout_s
+        return engine_pb2.GenerateRequest(
+            # An engine may still be busy with the attempt before; its events must not be taken for this one's.
+            request_id=request.request_id if attempt == 0 else f"{request.request_id}.{attempt}",
+            prompt_token_ids=request.prompt_token_ids,
+            sampling=request.sampling,
+            timeout_s=max(timeout_s - (self._clock() - trace.started_s), 0.0),
+            cache_salt=cache_salt(self._config.cache_secret, request.caller.tenant, request.prompt_cache_key),
+        )
+
+    def _report(self, trace: RequestTrace) -> None:
+        trace.ended_s = self._clock()
+        self._metrics.request_ended(trace)
+        log_request(trace)
+
+
+class _Settlement:
+    """Ends one reservation, once."""
+
+    def __init__(self, ledger: QuotaLedger, reservation: Reservation, trace: RequestTrace) -> None:
+        self._ledger = ledger
+        self._reservation = reservation
+        self._trace = trace
+        self._is_settled = False
+
+    async def settle(self) -> None:
+        """Charges what was delivered; a request that no engine could begin counts as never made."""
+        if self._is_settled:
+            return
+        self._is_settled = True
+        if self._trace.was_never_served:
+            await self._ledger.refund(self._reservation)
+        else:
+            await self._ledger.settle(self._reservation, self._trace.usage, self._trace.request.model)
+
+
+def cache_salt(secret: bytes, tenant: str, prompt_cache_key: str) -> bytes:
+    """Start of the prefix-cache hash chain: equal only for one tenant's requests under one key. 32 bytes."""
+    return hmac.digest(secret, tenant.encode() + b"\0" + prompt_cache_key.encode(), "sha256")

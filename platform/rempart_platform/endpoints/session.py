@@ -1,0 +1,168 @@
+"""A router's lasting relation to one engine: connect, learn what it serves, keep a Session stream, come back when lost.
+
+run():  connect ──► health SERVING? ──► GetModelInfo ──► Session ──► first update: ready ──► ... ──► lost
+           ▲                                                                                        │
+           └────────────────────────────── jittered exponential backoff ◄───────────────────────────┘
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Never
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from rempart_platform.endpoints.connection import EngineConnection, engine_lost
+from rempart_platform.endpoints.load import EndpointLoad, EndpointModel, EndpointState
+from rempart_platform.endpoints.token_stream import TokenStream
+from rempart_protos.v1 import engine_pb2, engine_pb2_grpc
+
+_logger = logging.getLogger(__name__)
+
+_ENGINE_SERVICE = "rempart.v1.Engine"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionConfig:
+    """How a session behaves towards its engine and its consumers."""
+
+    max_buffered_tokens: int = 2048
+    """Most tokens of one request that may wait for its client."""
+    connect_timeout_s: float = 5.0
+    backoff_initial_s: float = 0.1
+    backoff_max_s: float = 5.0
+    keepalive_interval_s: float = 4.0
+    keepalive_timeout_s: float = 4.0
+    """A connection that answers no ping is given up after interval + timeout."""
+    max_message_bytes: int = 64 * 1024 * 1024
+    """One update carries a whole step: prompt log-probabilities make it large."""
+
+
+def backoff_s(attempt: int, config: SessionConfig, rng: random.Random) -> float:
+    """Seconds to wait before connection attempt `attempt` (from 0): half of it is drawn, so that routers spread."""
+    full: float = min(config.backoff_max_s, config.backoff_initial_s * 2.0 ** min(attempt, 32))
+    return full * rng.uniform(0.5, 1.0)
+
+
+class EngineSession:
+    """One endpoint: its state, its connection, and this router's requests in flight there.
+
+    Args:
+        address: `host:port`.
+        config: limits and times.
+        rng: jitters the backoff.
+        on_change: told when the endpoint becomes ready, starts to drain, or is lost.
+    """
+
+    def __init__(
+        self, address: str, config: SessionConfig, rng: random.Random, on_change: Callable[[EndpointState], None]
+    ) -> None:
+        self.address = address
+        self._config = config
+        self._rng = rng
+        self._on_change = on_change
+        self._model: EndpointModel | None = None
+        self._connection: EngineConnection | None = None
+        self._load: EndpointLoad | None = None  # None: this connection has not brought an update yet
+        self._num_attempts = 0
+        self._num_in_flight = 0
+        self._num_in_flight_tokens = 0
+
+    @property
+    def state(self) -> EndpointState:
+        return EndpointState(
+            address=self.address,
+            model=self._model,
+            is_ready=self._load is not None,
+            load=self._load or EndpointLoad(),
+            num_in_flight=self._num_in_flight,
+            num_in_flight_tokens=self._num_in_flight_tokens,
+        )
+
+    @contextmanager
+    def in_flight(self, num_tokens: int) -> Iterator[None]:
+        """Counts a request of at most that many tokens as in flight here until the block is left."""
+        self._num_in_flight += 1
+        self._num_in_flight_tokens += num_tokens
+        try:
+            yield
+        finally:
+            self._num_in_flight -= 1
+            self._num_in_flight_tokens -= num_tokens
+
+    def generate(self, request: engine_pb2.GenerateRequest) -> TokenStream:
+        """Starts a request on the engine. Leaving the returned stream before its end aborts the request.
+
+        Raises:
+            RempartError: UNAVAILABLE, the engine is not connected.
+        """
+        if self._connection is None:
+            raise engine_lost()
+        return self._connection.generate(request)
+
+    async def run(self) -> Never:
+        """Keeps the session up until cancelled."""
+        while True:
+            reason = await self._serve_once()
+            _logger.warning("engine session ended", extra={"fields": {"endpoint": self.address, "reason": reason}})
+            await asyncio.sleep(backoff_s(self._num_attempts, self._config, self._rng))
+            self._num_attempts += 1
+
+    async def _serve_once(self) -> str:
+        async with grpc.aio.insecure_channel(self.address, options=_channel_options(self._config)) as channel:
+            try:
+                model = await self._ask_model(channel)
+            except grpc.aio.AioRpcError as error:
+                return f"{error.code().name}: {error.details()}"
+            if model is None:
+                return "the engine is not serving"
+            self._model = model
+            call = engine_pb2_grpc.EngineStub(channel).Session()
+            self._connection = EngineConnection(call, self._config.max_buffered_tokens, self._take_load)
+            try:
+                return await self._connection.run()
+            finally:
+                self._connection = None
+                was_ready, self._load = self._load is not None, None
+                if was_ready:
+                    self._on_change(self.state)
+
+    async def _ask_model(self, channel: grpc.aio.Channel) -> EndpointModel | None:
+        timeout_s = self._config.connect_timeout_s
+        health_stub = health_pb2_grpc.HealthStub(channel)
+        health = await health_stub.Check(  # type: ignore[attr-defined]  # its stubs name no method
+            health_pb2.HealthCheckRequest(service=_ENGINE_SERVICE), timeout=timeout_s
+        )
+        if health.status != health_pb2.HealthCheckResponse.SERVING:
+            return None
+        info = await engine_pb2_grpc.EngineStub(channel).GetModelInfo(
+            engine_pb2.GetModelInfoRequest(), timeout=timeout_s
+        )
+        return EndpointModel.from_proto(info)
+
+    def _take_load(self, load: EndpointLoad) -> None:
+        previous, self._load = self._load, load
+        if previous is None:
+            self._num_attempts = 0
+        if previous is None or previous.is_draining != load.is_draining:
+            self._on_change(self.state)
+
+
+def _channel_options(config: SessionConfig) -> list[tuple[str, int]]:
+    return [
+        # Pings go out though no data does, so that a half-open connection is found while a request waits.
+        ("grpc.keepalive_time_ms", round(config.keepalive_interval_s * 1000)),
+        ("grpc.keepalive_timeout_ms", round(config.keepalive_timeout_s * 1000)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        # Every attempt is a fresh connection; the backoff between them is ours.
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_retries", 0),
+    ]

@@ -1,0 +1,186 @@
+"""Every metric of a router, with its unit, its labels, and a bound on how many values a label may take.
+
+Models come from the catalog and endpoints from the configuration, so they are few. Tenants are not: after a number of
+distinct names, further ones count as "other".
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from rempart_platform.endpoints.load import EndpointState
+from rempart_platform.generation import Usage
+from rempart_platform.request_trace import RequestTrace
+
+_PREFIX = "rempart_router_"
+_FAST_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)
+_TPOT_S = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+_E2E_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0)
+_TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+
+
+class BoundedLabel:
+    """The first `limit` distinct values stay themselves; all later ones become "other"."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._values: set[str] = set()
+
+    def __call__(self, value: str) -> str:
+        if value in self._values:
+            return value
+        if len(self._values) >= self._limit:
+            return "other"
+        self._values.add(value)
+        return value
+
+
+class RouterMetrics:
+    """A router's metrics on a registry of its own.
+
+    Args:
+        registry: where they are registered.
+        max_tenants: distinct values of the label `tenant`.
+    """
+
+    def __init__(self, registry: CollectorRegistry, max_tenants: int = 500) -> None:
+        self.registry = registry
+        self._tenant = BoundedLabel(max_tenants)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(_PREFIX + name, text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(_PREFIX + name, text, ("model",), registry=registry, buckets=buckets)
+
+        self._requests = counter("requests", "Requests that ended, by how.", "model", "tenant", "outcome")
+        self._rejections = counter("rejections", "Requests refused before an engine saw them.", "model", "reason")
+        self._retries = counter("dispatch_retries", "Requests handed to a further endpoint.", "model")
+        self._engine_errors = counter("engine_errors", "Attempts that an engine or its loss ended.", "model", "code")
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens charged.", "model", "tenant")
+        self._completion_tokens = counter("completion_tokens", "Output tokens delivered.", "model", "tenant")
+        self._cached_tokens = counter("cached_tokens", "Prompt tokens found in the prefix cache.", "model", "tenant")
+        self._quota_tokens = counter("quota_tokens", "Tokens of quotas, by what became of them.", "tenant", "state")
+        self._quota_events = counter("quota_events", "What befell reservations.", "event")
+        self._in_flight = Gauge(
+            _PREFIX + "requests_in_flight", "Requests admitted and not ended.", ("model",), registry=registry
+        )
+        self._queue_time = histogram("queue_time_seconds", "From arrival to the hand-over to an endpoint.", _FAST_S)
+        self._dispatch_time = histogram(
+            "dispatch_time_seconds", "From the hand-over to the engine's first event.", _TTFT_S
+        )
+        self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first text.", _TTFT_S)
+        self._tpot = histogram("time_per_output_token_seconds", "Between two tokens of a choice, mean.", _TPOT_S)
+        self._e2e = histogram("request_duration_seconds", "From arrival to the end.", _E2E_S)
+        self._prompt_length = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
+        self._output_length = histogram("request_completion_tokens", "Output tokens of a request.", _TOKENS)
+
+    def request_admitted(self, trace: RequestTrace) -> None:
+        request = trace.request
+        self._in_flight.labels(request.model).inc()
+        self._count_quota_tokens(trace, "reserved", request.worst_case_tokens)
+
+    def request_left(self, trace: RequestTrace) -> None:
+        """The counterpart of `request_admitted`."""
+        usage = trace.usage
+        num_settled = usage.prompt_tokens + usage.completion_tokens
+        self._in_flight.labels(trace.request.model).dec()
+        self._count_quota_tokens(trace, "settled", num_settled)
+        self._count_quota_tokens(trace, "refunded", max(trace.request.worst_case_tokens - num_settled, 0))
+
+    def attempt_failed(self, model: str, code: str) -> None:
+        self._engine_errors.labels(model, code).inc()
+
+    def retried(self, model: str) -> None:
+        self._retries.labels(model).inc()
+
+    def request_ended(self, trace: RequestTrace) -> None:
+        """Counts a request once, at its end."""
+        model, tenant, usage = trace.request.model, self._tenant(trace.request.caller.tenant), trace.usage
+        self._requests.labels(model, tenant, trace.outcome).inc()
+        self._e2e.labels(model).observe(trace.ended_s - trace.started_s)
+        if trace.dispatched_s is None:
+            if trace.error is not None:
+                reason = trace.violation.metric if trace.violation is not None else trace.outcome
+                self._rejections.labels(model, reason).inc()
+            return
+        self._queue_time.labels(model).observe(trace.dispatched_s - trace.started_s)
+        if trace.first_event_s is None:
+            return
+        self._dispatch_time.labels(model).observe(trace.first_event_s - trace.dispatched_s)
+        self._prompt_tokens.labels(model, tenant).inc(usage.prompt_tokens)
+        self._completion_tokens.labels(model, tenant).inc(usage.completion_tokens)
+        self._cached_tokens.labels(model, tenant).inc(usage.cached_tokens)
+        self._prompt_length.labels(model).observe(usage.prompt_tokens)
+        self._output_length.labels(model).observe(usage.completion_tokens)
+        if trace.time_to_first_token_s is not None:
+            self._ttft.labels(model).observe(trace.time_to_first_token_s)
+        if trace.time_per_output_token_s is not None:
+            self._tpot.labels(model).observe(trace.time_per_output_token_s)
+
+    def _count_quota_tokens(self, trace: RequestTrace, state: str, num_tokens: int) -> None:
+        self._quota_tokens.labels(self._tenant(trace.request.caller.tenant), state).inc(num_tokens)
+
+    def count_quota_event(self, event: str, count: int = 1) -> None:
+        self._quota_events.labels(event).inc(count)
+
+
+class QuotaMetrics:
+    """The quota ledger's observer."""
+
+    def __init__(self, metrics: RouterMetrics) -> None:
+        self._metrics = metrics
+
+    def reserved(self, tenant: str) -> None:
+        self._metrics.count_quota_event("reserved")
+
+    def refused(self, tenant: str, reason: str) -> None:
+        self._metrics.count_quota_event(f"refused_{reason}")
+
+    def settled(self, tenant: str, model: str, usage: Usage) -> None:
+        self._metrics.count_quota_event("settled")
+
+    def refunded(self, tenant: str) -> None:
+        self._metrics.count_quota_event("refunded")
+
+    def ending_deferred(self) -> None:
+        self._metrics.count_quota_event("ending_deferred")
+
+    def ending_lost(self) -> None:
+        self._metrics.count_quota_event("ending_lost")
+
+    def leases_expired(self, count: int) -> None:
+        self._metrics.count_quota_event("lease_expired", count)
+
+
+class EndpointCollector(Collector):
+    """Gauges of all endpoints, read from their states at each scrape.
+
+    Args:
+        states: gives the states of this moment; called from the scraping thread.
+    """
+
+    def __init__(self, states: Callable[[], Sequence[EndpointState]]) -> None:
+        self._states = states
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        states = self._states()
+        for name, text, value in _ENDPOINT_GAUGES:
+            family = GaugeMetricFamily(f"{_PREFIX}endpoint_{name}", text, labels=("endpoint", "model"))
+            for state in states:
+                family.add_metric((state.address, state.model.name if state.model else ""), value(state))
+            yield family
+
+
+_ENDPOINT_GAUGES: tuple[tuple[str, str, Callable[[EndpointState], float]], ...] = (
+    ("ready", "1 when the endpoint can be picked.", lambda state: state.is_ready and not state.is_draining),
+    ("draining", "1 when the engine takes no new requests.", lambda state: state.is_draining),
+    ("in_flight_requests", "This router's requests there.", lambda state: state.num_in_flight),
+    ("in_flight_tokens", "The most tokens these can come to.", lambda state: state.num_in_flight_tokens),
+    ("waiting_sequences", "Sequences waiting, as the engine says.", lambda state: state.load.num_waiting),
+    ("running_sequences", "Sequences running, as the engine says.", lambda state: state.load.num_running),
+    ("free_kv_blocks", "KV blocks free, as the engine says.", lambda state: state.load.num_free_blocks),
+)
