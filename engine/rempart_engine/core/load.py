@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from rempart_engine.core.request import FinishReason
 
@@ -44,20 +43,19 @@ class Load:
 class Tally:
     """The growing side of `Counters`; its one owner is the scheduler."""
 
-    num_preemptions: int = 0
     num_prefix_cache_query_tokens: int = 0
     num_prefix_cache_hit_tokens: int = 0
     num_scheduled_tokens: int = 0
     num_output_tokens: int = 0
     num_finished: dict[FinishReason, int] = field(default_factory=lambda: dict.fromkeys(FinishReason, 0))
 
-    def snapshot(self) -> Counters:
-        """The totals at this moment, as a value."""
+    def snapshot(self, num_preemptions: int) -> Counters:
+        """The totals at this moment, as a value; preemptions are counted where they happen."""
         return Counters(
-            num_preemptions=self.num_preemptions,
+            num_preemptions=num_preemptions,
             num_prefix_cache_query_tokens=self.num_prefix_cache_query_tokens,
             num_prefix_cache_hit_tokens=self.num_prefix_cache_hit_tokens,
             num_scheduled_tokens=self.num_scheduled_tokens,
             num_output_tokens=self.num_output_tokens,
-            num_finished=MappingProxyType(dict(self.num_finished)),
+            num_finished=dict(self.num_finished),
         )
