@@ -1,0 +1,181 @@
+"""A runner without a model: deterministic tokens, real bookkeeping, and faults on demand.
+
+The model "file" is a small JSON object with the fields of `FakeModel`. The next token is a hash of seed, choice and all
+tokens so far, so a test knows every output without a reference run. The runner keeps KV blocks as token ids and checks
+that a sequence's block table holds exactly its tokens: a scheduler or prefix cache that mixes sequences up fails here.
+"""
+
+import time
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from types import MappingProxyType
+
+import msgspec
+
+from rempart_engine.config import BLOCK_SIZE, EngineConfig
+from rempart_engine.core.request import SamplingParams
+from rempart_engine.core.runner import LoadedModel
+from rempart_engine.core.step import NewRow, RowResult, ScheduledRow, StepPlan, StepResult, TokenLogprob
+
+FAKE_RUNNER = "rempart_engine.testing:load_fake_runner"
+
+
+class FakeModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What to pretend. Steps are counted from 1."""
+
+    vocab_size: int = 1000
+    max_model_len: int = 2048
+    num_blocks: int = 256
+    eos_token_id: int = 0
+    """Only sampled where `num_tokens_to_eos` says so."""
+    num_tokens_to_eos: int | None = None
+    """Sequences end with the end-of-sequence token as soon as they have this many tokens."""
+    load_s: float = 0.0
+    step_s: float = 0.0
+    """Time that every step takes."""
+    load_error: str | None = None
+    raise_at_step: int | None = None
+    hang_at_step: int | None = None
+    failing_token_id: int | None = None
+    """A row that computes this token reports an error of its own."""
+
+    def write(self, folder: Path) -> Path:
+        """The model "file", to pass as `--model`."""
+        path = folder / "fake.json"
+        path.write_bytes(msgspec.json.encode(self))
+        return path
+
+
+def fake_token(seed: int, choice: int, token_ids: Sequence[int], vocab_size: int) -> int:
+    """The token that follows `token_ids`: in [1, vocab_size)."""
+    hashed = blake2b(array("I", token_ids).tobytes(), key=b"%d/%d" % (seed, choice), digest_size=8)
+    return 1 + int.from_bytes(hashed.digest(), "big") % (vocab_size - 1)
+
+
+def fake_output(
+    prompt_token_ids: Sequence[int], num_tokens: int, *, seed: int = 0, choice: int = 0, vocab_size: int = 1000
+) -> list[int]:
+    """The first output tokens of a choice."""
+    token_ids = list(prompt_token_ids)
+    for _ in range(num_tokens):
+        token_ids.append(fake_token(seed, choice, token_ids, vocab_size))
+    return token_ids[len(prompt_token_ids) :]
+
+
+def load_fake_runner(config: EngineConfig, on_progress: Callable[[float], None]) -> LoadedModel:
+    """Runner factory for `EngineConfig.runner`."""
+    model = msgspec.json.decode(config.model.read_bytes(), type=FakeModel)
+    if model.load_error is not None:
+        raise ValueError(model.load_error)
+    for fraction in (0.0, 0.5, 1.0):
+        on_progress(fraction)
+        time.sleep(model.load_s / 3)
+    num_blocks = config.num_blocks or model.num_blocks
+    return LoadedModel(
+        runner=FakeRunner(model, num_blocks),
+        model_name=config.served_model_name or config.model.stem,
+        architecture="fake",
+        vocab_size=model.vocab_size,
+        max_model_len=config.max_model_len or model.max_model_len,
+        eos_token_ids=(model.eos_token_id,),
+        num_blocks=num_blocks,
+        dtype="none",
+    )
+
+
+class BookkeepingError(Exception):
+    """A plan contradicts what the runner knows."""
+
+
+@dataclass(slots=True)
+class _Row:
+    token_ids: list[int]
+    block_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    choice: int
+
+
+class FakeRunner:
+    """Keeps rows and KV blocks as a real runner does, with token ids in place of tensors."""
+
+    def __init__(self, model: FakeModel, num_blocks: int, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._model = model
+        self._sleep = sleep
+        self._rows: dict[int, _Row] = {}
+        self._blocks: list[list[int | None]] = [[None] * BLOCK_SIZE for _ in range(num_blocks)]
+        self._num_steps = 0
+
+    @property
+    def rows(self) -> Mapping[int, tuple[int, ...]]:
+        """Tokens of each row that was not released."""
+        return MappingProxyType({number: tuple(row.token_ids) for number, row in self._rows.items()})
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Raises BookkeepingError, or RuntimeError at `raise_at_step`."""
+        self._num_steps += 1
+        if self._num_steps == self._model.raise_at_step:
+            raise RuntimeError(f"told to raise at step {self._num_steps}")
+        while self._num_steps == self._model.hang_at_step:
+            time.sleep(3600)
+        self._sleep(self._model.step_s)
+        for new_row in plan.new_rows:
+            self._enter(new_row)
+        return StepResult(plan.step, tuple(self._compute(scheduled) for scheduled in plan.rows))
+
+    def release_rows(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            del self._rows[row]
+
+    def _enter(self, new_row: NewRow) -> None:
+        if new_row.row in self._rows:
+            raise BookkeepingError(f"row {new_row.row} starts but was not released")
+        self._rows[new_row.row] = _Row(
+            list(new_row.token_ids),
+            list(new_row.block_ids),
+            new_row.num_prompt_tokens,
+            new_row.sampling,
+            new_row.choice,
+        )
+
+    def _compute(self, scheduled: ScheduledRow) -> RowResult:
+        row = self._rows[scheduled.row]
+        row.block_ids += scheduled.new_block_ids
+        end = scheduled.start + scheduled.num_new_tokens
+        self._store(row, scheduled.start, end)
+        self._check_stored(row, end)
+        if self._model.failing_token_id in row.token_ids[scheduled.start : end]:
+            return RowResult(scheduled.row, error="not a number in the logits")
+        prompt_logprobs: tuple[TokenLogprob, ...] = ()
+        if scheduled.wants_prompt_logprobs:
+            after = row.token_ids[scheduled.start + 1 : min(end + 1, row.num_prompt_tokens)]
+            prompt_logprobs = tuple(_fake_logprob(t, row.sampling.prompt_logprobs or 0) for t in after)
+        if not scheduled.samples:
+            return RowResult(scheduled.row, prompt_logprobs=prompt_logprobs)
+        token_id = self._sample(row)
+        row.token_ids.append(token_id)
+        logprobs = () if row.sampling.logprobs is None else (_fake_logprob(token_id, row.sampling.logprobs),)
+        return RowResult(scheduled.row, (token_id,), logprobs, prompt_logprobs)
+
+    def _sample(self, row: _Row) -> int:
+        if self._model.num_tokens_to_eos is not None and len(row.token_ids) + 1 >= self._model.num_tokens_to_eos:
+            return self._model.eos_token_id
+        return fake_token(row.sampling.seed or 0, row.choice, row.token_ids, self._model.vocab_size)
+
+    def _store(self, row: _Row, start: int, end: int) -> None:
+        for position in range(start, end):
+            self._blocks[row.block_ids[position // BLOCK_SIZE]][position % BLOCK_SIZE] = row.token_ids[position]
+
+    def _check_stored(self, row: _Row, end: int) -> None:
+        stored = [self._blocks[row.block_ids[p // BLOCK_SIZE]][p % BLOCK_SIZE] for p in range(end)]
+        if stored != row.token_ids[:end]:
+            raise BookkeepingError(f"KV blocks {row.block_ids} hold other tokens than their sequence's")
+
+
+def _fake_logprob(token_id: int, num_alternatives: int) -> TokenLogprob:
+    """The token itself as most likely, then the ids after it, each half as likely."""
+    top_token_ids = tuple(token_id + rank for rank in range(num_alternatives))
+    return TokenLogprob(-0.5, top_token_ids, tuple(-0.5 - 0.6931 * rank for rank in range(num_alternatives)))
