@@ -1,0 +1,113 @@
+"""From a StepPlan to the tensors of one step, over rows that persist from step to step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from rempart_engine.config import BLOCK_SIZE
+from rempart_engine.core.step import NewRow, ScheduledRow, StepPlan
+
+TILE_TOKENS = 16
+"""Most query tokens of one sequence that attention handles as one piece of work."""
+
+IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """Tensors of one step: T new tokens of B sequences, in the order of the plan's rows."""
+
+    token_ids: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int32, of the token in its sequence
+    slots: torch.Tensor  # [T] int64, block id * 64 + offset: where its KV goes
+    block_tables: torch.Tensor  # [B, most blocks of a sequence] int32
+    tile_rows: torch.Tensor  # [tiles] int32, index among the B sequences
+    tile_tokens: torch.Tensor  # [tiles] int32, first of the T tokens
+    tile_sizes: torch.Tensor  # [tiles] int32, at most TILE_TOKENS
+    output_tokens: torch.Tensor  # [O] int64, which of the T tokens need logits
+
+
+class RowTable:
+    """What a runner keeps per row: the tokens of its sequence and its block table."""
+
+    def __init__(self, max_num_rows: int, max_model_len: int) -> None:
+        # One more than the model's length: the last sampled token is never computed, but it is written down.
+        self._token_ids = np.zeros((max_num_rows, max_model_len + 1), np.int64)
+        self._block_tables = np.zeros((max_num_rows, -(-max_model_len // BLOCK_SIZE)), np.int32)
+        self._num_tokens = np.zeros(max_num_rows, np.int64)
+        self._num_blocks = np.zeros(max_num_rows, np.int64)
+
+    def start(self, new: NewRow) -> None:
+        """Write a row anew."""
+        self._token_ids[new.row, : len(new.token_ids)] = new.token_ids
+        self._num_tokens[new.row] = len(new.token_ids)
+        self._num_blocks[new.row] = 0
+        self._append_blocks(new.row, new.block_ids)
+
+    def append_tokens(self, rows: IntArray, token_ids: IntArray) -> None:
+        """One sampled token for each of the rows [R]."""
+        self._token_ids[rows, self._num_tokens[rows]] = token_ids
+        self._num_tokens[rows] += 1
+
+    def token_ids(self, row: int, start: int, stop: int) -> IntArray:
+        """Tokens [start, stop) of a row's sequence, as far as it has them."""
+        return self._token_ids[row, start : min(stop, int(self._num_tokens[row]))]
+
+    def inputs(self, plan: StepPlan) -> StepInputs:
+        """Tensors for the plan; new rows must have been started."""
+        for scheduled in plan.rows:
+            if scheduled.new_block_ids:
+                self._append_blocks(scheduled.row, scheduled.new_block_ids)
+        rows, starts, counts = _columns(plan.rows)
+        ends = np.cumsum(counts)
+        firsts = ends - counts
+        sequence = np.repeat(np.arange(len(rows)), counts)
+        positions = np.arange(ends[-1]) + (starts - firsts)[sequence]
+        row_of_token = rows[sequence]
+        blocks = self._block_tables[row_of_token, positions // BLOCK_SIZE].astype(np.int64)
+        most_blocks = int((starts + counts - 1).max()) // BLOCK_SIZE + 1
+        tile_rows, tile_tokens, tile_sizes = _tiles(firsts, counts)
+        return StepInputs(
+            token_ids=torch.from_numpy(self._token_ids[row_of_token, positions]),
+            positions=torch.from_numpy(positions.astype(np.int32)),
+            slots=torch.from_numpy(blocks * BLOCK_SIZE + positions % BLOCK_SIZE),
+            block_tables=torch.from_numpy(self._block_tables[rows, :most_blocks]),
+            tile_rows=torch.from_numpy(tile_rows.astype(np.int32)),
+            tile_tokens=torch.from_numpy(tile_tokens.astype(np.int32)),
+            tile_sizes=torch.from_numpy(tile_sizes.astype(np.int32)),
+            output_tokens=torch.from_numpy(_output_tokens(plan.rows, firsts, ends)),
+        )
+
+    def _append_blocks(self, row: int, block_ids: Sequence[int]) -> None:
+        held = int(self._num_blocks[row])
+        self._block_tables[row, held : held + len(block_ids)] = block_ids
+        self._num_blocks[row] = held + len(block_ids)
+
+
+def _columns(rows: tuple[ScheduledRow, ...]) -> tuple[IntArray, IntArray, IntArray]:
+    """Row number, start and number of new tokens of each scheduled row, each [B]."""
+    table = np.array([(scheduled.row, scheduled.start, scheduled.num_new_tokens) for scheduled in rows], np.int64)
+    return table[:, 0], table[:, 1], table[:, 2]
+
+
+def _tiles(firsts: IntArray, counts: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    """Cut each sequence's new tokens into tiles: sequence, first token and size of each."""
+    per_sequence = -(-counts // TILE_TOKENS)
+    sequence = np.repeat(np.arange(len(counts)), per_sequence)
+    number = np.arange(len(sequence)) - np.repeat(np.cumsum(per_sequence) - per_sequence, per_sequence)
+    offset = number * TILE_TOKENS
+    return sequence, firsts[sequence] + offset, np.minimum(TILE_TOKENS, counts[sequence] - offset)
+
+
+def _output_tokens(rows: tuple[ScheduledRow, ...], firsts: IntArray, ends: IntArray) -> IntArray:
+    """The last new token of each row that samples; all new tokens of a row that wants prompt log-probabilities."""
+    if not any(scheduled.wants_prompt_logprobs for scheduled in rows):
+        return ends[[scheduled.samples for scheduled in rows]] - 1
+    wanted = [
+        np.arange(first, end) if scheduled.wants_prompt_logprobs else np.arange(end - scheduled.samples, end)
+        for scheduled, first, end in zip(rows, firsts, ends, strict=True)
+    ]
+    return np.concatenate(wanted)

@@ -1,0 +1,94 @@
+"""The Llama family: grouped-query attention over a paged cache, gated feed-forward, pre-norm."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from rempart_engine.inputs import StepInputs
+from rempart_engine.kernels.packed_linear import PackedLinear
+from rempart_engine.kernels.paged_attention import paged_attention
+from rempart_engine.kernels.rms_norm import add_rms_norm
+from rempart_engine.kernels.silu_mul import silu_mul
+from rempart_engine.kernels.store_kv import rope_and_store_kv
+from rempart_engine.kv_storage import KVShape, KVStorage
+from rempart_engine.model.config import LlamaConfig
+from rempart_engine.model.rope import cos_sin_tables
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class LlamaLayer(nn.Module):
+    """One block. Its projections read the residual stream through a norm and give what is to be added to it."""
+
+    attention_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+
+    def __init__(self, config: LlamaConfig, tensors: Tensors) -> None:
+        """Tensors are named as in the checkpoint, below `layers.{i}.`."""
+        super().__init__()
+        self._eps = config.rms_norm_eps
+        self._scale = config.head_dim**-0.5
+        self.register_buffer("attention_norm", tensors["input_layernorm.weight"].float())
+        self.register_buffer("mlp_norm", tensors["post_attention_layernorm.weight"].float())
+        self.qkv = _fused(tensors, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
+        self.o = _fused(tensors, ("self_attn.o_proj",))
+        self.gate_up = _fused(tensors, ("mlp.gate_proj", "mlp.up_proj"))
+        self.down = _fused(tensors, ("mlp.down_proj",))
+
+    def forward(
+        self,
+        residual: torch.Tensor,  # [T, W] float32, updated in place
+        delta: torch.Tensor,  # [T, W], what the layer before adds
+        angles: tuple[torch.Tensor, torch.Tensor],
+        pools: tuple[torch.Tensor, torch.Tensor],
+        step: StepInputs,
+    ) -> torch.Tensor:  # [T, W], what this layer adds
+        x = add_rms_norm(residual, delta, self.attention_norm, self._eps)
+        q = rope_and_store_kv(self.qkv(x), *angles, step, *pools)
+        attended = paged_attention(q, *pools, step, self._scale)
+        x = add_rms_norm(residual, self.o(attended.flatten(1)), self.mlp_norm, self._eps)
+        added: torch.Tensor = self.down(silu_mul(self.gate_up(x)))
+        return added
+
+
+class Llama(nn.Module):
+    """Token ids of a step in, logits of its output tokens out."""
+
+    embedding: torch.Tensor
+    norm: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(self, config: LlamaConfig, layers: list[LlamaLayer], tensors: Tensors, max_model_len: int) -> None:
+        """Tensors: `embed_tokens.weight`, `norm.weight`, and `lm_head.weight` unless it is tied to the embedding."""
+        super().__init__()
+        self._eps = config.rms_norm_eps
+        self.layers = nn.ModuleList(layers)
+        self.register_buffer("embedding", tensors["embed_tokens.weight"])
+        self.register_buffer("norm", tensors["norm.weight"].float())
+        self.head = PackedLinear(tensors.get("lm_head.weight", tensors["embed_tokens.weight"]))
+        cos, sin = cos_sin_tables(config, max_model_len)
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
+
+    def forward(self, step: StepInputs, storage: KVStorage) -> torch.Tensor:  # [O, V]
+        delta = nn.functional.embedding(step.token_ids, self.embedding)
+        residual = torch.zeros(delta.shape)
+        for index, layer in enumerate(self.layers):
+            delta = layer(residual, delta, (self.cos, self.sin), storage.layer(index), step)
+        outputs = step.output_tokens
+        logits: torch.Tensor = self.head(add_rms_norm(residual[outputs], delta[outputs], self.norm, self._eps))
+        return logits
+
+
+def kv_shape(config: LlamaConfig, dtype: torch.dtype) -> KVShape:
+    """What this model keeps per KV block."""
+    return KVShape(config.num_layers, config.num_kv_heads, config.head_dim, dtype)
+
+
+def _fused(tensors: Tensors, names: tuple[str, ...]) -> PackedLinear:
+    """Projections of the same input, stacked into one."""
+    biases = [tensors[f"{name}.bias"] for name in names if f"{name}.bias" in tensors]
+    weight = torch.cat([tensors[f"{name}.weight"] for name in names])
+    return PackedLinear(weight, torch.cat(biases) if biases else None)
