@@ -158,6 +158,7 @@ def _channel_options(config: SessionConfig) -> list[tuple[str, int]]:
         # Pings go out though no data does, so that a half-open connection is found while a request waits.
         ("grpc.keepalive_time_ms", round(config.keepalive_interval_s * 1000)),
         ("grpc.keepalive_timeout_ms", round(config.keepalive_timeout_s * 1000)),
+        ("grpc.http2.ping_timeout_ms", round(config.keepalive_timeout_s * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.max_receive_message_length", config.max_message_bytes),

@@ -114,6 +114,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         self._sessions: list[_Session] = []
         self._num_steps = 0
         self._died = asyncio.Event()
+        self._changed = asyncio.Event()
         self._server: grpc.aio.Server | None = None
         self._reaper: asyncio.Task[None] | None = None
 
@@ -121,6 +122,13 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
     def num_running(self) -> int:
         """Requests running now."""
         return sum(len(session.running) for session in self._sessions)
+
+    async def wait_for(self, predicate: Callable[[], bool], timeout_s: float = 10.0) -> None:
+        """Waits until something holds for this engine. Raises TimeoutError."""
+        async with asyncio.timeout(timeout_s):
+            while not predicate():
+                self._changed.clear()
+                await self._changed.wait()
 
     async def start(self, address: str = "127.0.0.1:0") -> str:
         """Serves, and returns the address with its true port."""
@@ -190,6 +198,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
             reader.cancel()
             self.aborted_ids.extend(session.running)
             self._sessions.remove(session)
+            self._changed.set()
 
     async def Generate(  # noqa: N802 - the service's name
         self,
@@ -225,6 +234,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
             elif session.running.pop(command.abort_request_id, None) is not None:
                 self.aborted_ids.append(command.abort_request_id)
             session.wake.set()
+            self._changed.set()
 
     def _start_request(self, request: engine_pb2.GenerateRequest, session: _Session) -> None:
         self.started.append(request)
@@ -264,6 +274,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
                     choices.remove(choice)
             if not choices:
                 del session.running[request_id]
+        self._changed.set()
         return [] if self._died.is_set() else events
 
     def _advance(self, choice: _Choice, now: float) -> engine_pb2.TokenEvent | None:
