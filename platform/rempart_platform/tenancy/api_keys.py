@@ -168,6 +168,10 @@ class Authenticator:
         self._unknown = RecordCache(cache_capacity, cache_s, clock)
         self._no_record = KeyRecord("", hasher.digest(secrets.token_hex(32)))
 
+    @property
+    def num_remembered(self) -> int:
+        return len(self._known) + len(self._unknown)
+
     async def authenticate(self, bearer: str) -> Caller:
         """The caller of a key, given without "Bearer ".
 

@@ -76,11 +76,14 @@ class EndingQueue:
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, max_backoff_s)
 
+    async def wait_until_empty(self) -> None:
+        await self._is_empty.wait()
+
     async def drain(self, timeout_s: float) -> None:
         """Waits until all are brought, at most `timeout_s`; what is left then is lost."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await self._is_empty.wait()
+                await self.wait_until_empty()
         while self._waiting:
             self._lose(self._waiting.popleft()[1])
 

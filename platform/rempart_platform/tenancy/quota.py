@@ -137,6 +137,7 @@ class Ledger:
         reply = ReserveReply.parse(raw_reply)
         if reply.num_swept_leases:
             self._observer.leases_expired(reply.num_swept_leases)
+        assert reply.outcome != "settled", "a request id serves one reservation"
         if not reply.is_admitted:
             self._observer.refused(tenant, reply.outcome)
             raise reply.refusal(tenant, tokens, self._config.concurrency_retry_s)

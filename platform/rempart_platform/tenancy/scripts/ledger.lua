@@ -35,6 +35,13 @@ local function sweep_window(window_us)
   end
 end
 
+-- Begins or renews a lease. The key outlives its leases for a while, so that those of a router that is gone are still
+-- counted when they are swept.
+local function lease(id, lease_us)
+  redis.call('ZADD', leases_key, integer(now_us + lease_us), id)
+  redis.call('PEXPIRE', leases_key, integer(math.ceil(10 * lease_us / 1000)))
+end
+
 -- Ends the leases that nobody renewed: their router is gone. Returns how many.
 local function sweep_leases()
   return redis.call('ZREMRANGEBYSCORE', leases_key, '-inf', integer(now_us))

@@ -76,14 +76,13 @@ if outcome == 'admitted' then
   redis.call('ZADD', window_key, integer(now_us), id)
   redis.call('HSET', amounts_key, id, integer(tokens))
   redis.call('INCRBY', spent_key, integer(tokens))
-  redis.call('ZADD', leases_key, integer(now_us + lease_us), id)
+  lease(id, lease_us)
   num_requests, num_tokens, num_leases = num_requests + 1, num_tokens + tokens, num_leases + 1
   -- An idle tenant leaves nothing behind. The three keys of the window must go in the same millisecond.
   local window_end_ms = integer(math.ceil((now_us + window_us) / 1000))
   for _, key in ipairs({ window_key, amounts_key, spent_key }) do
     redis.call('PEXPIREAT', key, window_end_ms)
   end
-  redis.call('PEXPIREAT', leases_key, integer(math.ceil((now_us + lease_us) / 1000)))
 elseif outcome == 'again' then
   outcome = 'admitted'
 end

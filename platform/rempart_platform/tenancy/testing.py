@@ -1,0 +1,51 @@
+"""For tests of what stands on tenancy: a real Redis of one's own, and an observer that remembers."""
+
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from rempart_platform.generation import Usage
+from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redis
+from rempart_platform.tenancy.redis_client import RedisClient, RedisConfig, connect_redis
+
+
+def patient(url: str) -> RedisConfig:
+    """Time-outs that a busy machine does not meet by chance."""
+    return RedisConfig(url, timeout_s=10.0)
+
+
+@asynccontextmanager
+async def own_redis() -> AsyncIterator[RedisClient]:
+    """A client of a fresh, empty server."""
+    async with embedded_redis(EmbeddedRedisConfig()) as server, connect_redis(patient(server.url)) as redis:
+        yield redis
+
+
+@dataclass(slots=True)
+class RecordingObserver:
+    """Counts what a ledger tells, by name; refusals also by "refused <reason>"."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def reserved(self, tenant: str) -> None:
+        self.counts["reserved"] += 1
+
+    def refused(self, tenant: str, reason: str) -> None:
+        self.counts["refused"] += 1
+        self.counts[f"refused {reason}"] += 1
+
+    def settled(self, tenant: str, model: str, usage: Usage) -> None:
+        self.counts["settled"] += 1
+
+    def refunded(self, tenant: str) -> None:
+        self.counts["refunded"] += 1
+
+    def ending_deferred(self) -> None:
+        self.counts["ending_deferred"] += 1
+
+    def ending_lost(self) -> None:
+        self.counts["ending_lost"] += 1
+
+    def leases_expired(self, count: int) -> None:
+        self.counts["leases_expired"] += count

@@ -1,0 +1,213 @@
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # the package ships none
+
+from rempart_platform.apis.admin import AdminServicer
+from rempart_platform.generation import Caller, Usage
+from rempart_platform.tenancy.api_keys import AdminAuthenticator, ApiKeyStore, Authenticator, KeyHasher
+from rempart_platform.tenancy.embedded import EmbeddedRedis, EmbeddedRedisConfig, embedded_redis
+from rempart_platform.tenancy.quota import Ledger, QuotaConfig
+from rempart_platform.tenancy.redis_client import RedisClient, RedisConfig, connect_redis
+from rempart_platform.tenancy.tenants import TenantRegistry
+from rempart_platform.tenancy.testing import RecordingObserver
+from rempart_platform.tenancy.usage import UsageReader
+from rempart_protos.v1 import admin_pb2 as pb
+from rempart_protos.v1 import admin_pb2_grpc
+
+ADMIN_KEY = "an admin key that is long enough"
+HASHER = KeyHasher(b"a pepper of 16 bytes or more")
+CREDENTIALS = (("authorization", f"Bearer {ADMIN_KEY}"),)
+
+
+@dataclass
+class Service:
+    """A served Admin and the Redis behind it."""
+
+    server: EmbeddedRedis
+    redis: RedisClient
+    admin: "admin_pb2_grpc.AdminAsyncStub"
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[Service]:
+    async with (
+        embedded_redis(EmbeddedRedisConfig()) as server,
+        connect_redis(RedisConfig(server.url, timeout_s=1.0)) as redis,
+    ):
+        tenants = TenantRegistry(redis)
+        servicer = AdminServicer(
+            AdminAuthenticator(ADMIN_KEY), tenants, ApiKeyStore(redis, HASHER), UsageReader(redis, tenants)
+        )
+        grpc_server = grpc.aio.server()
+        admin_pb2_grpc.add_AdminServicer_to_server(servicer, grpc_server)
+        port = grpc_server.add_insecure_port("127.0.0.1:0")
+        await grpc_server.start()
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                yield Service(server, redis, admin_pb2_grpc.AdminStub(channel))
+        finally:
+            await grpc_server.stop(grace=None)
+
+
+async def _refused(call: Awaitable[object]) -> tuple[grpc.StatusCode, dict[str, Any]]:
+    """Code and details by type name."""
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await call
+    trailer = dict(raised.value.trailing_metadata())["grpc-status-details-bin"]
+    status = status_pb2.Status.FromString(trailer)
+    assert (status.code, status.message) == (raised.value.code().value[0], raised.value.details())
+    details = {}
+    for packed in status.details:
+        message = getattr(error_details_pb2, packed.TypeName().rsplit(".", 1)[1])()
+        packed.Unpack(message)
+        details[packed.TypeName().rsplit(".", 1)[1]] = message
+    return raised.value.code(), details
+
+
+async def test_tenant_is_created_listed_and_changed(service: Service) -> None:
+    admin = service.admin
+    created = await admin.CreateTenant(
+        pb.CreateTenantRequest(name="acme", limits=pb.TenantLimits(requests_per_minute=50, concurrency=0)),
+        metadata=CREDENTIALS,
+    )
+    assert created.limits.requests_per_minute == 50
+    assert created.limits.HasField("concurrency")
+    assert not created.limits.HasField("tokens_per_minute")
+    changed = await admin.SetTenantLimits(
+        pb.SetTenantLimitsRequest(tenant="acme", limits=pb.TenantLimits(tokens_per_minute=1000)), metadata=CREDENTIALS
+    )
+    assert (changed.limits.requests_per_minute, changed.limits.tokens_per_minute) == (50, 1000)
+    listed = await admin.ListTenants(pb.ListTenantsRequest(), metadata=CREDENTIALS)
+    assert list(listed.tenants) == [changed]
+
+
+async def test_issued_key_authenticates_until_it_is_revoked(service: Service) -> None:
+    admin = service.admin
+    await admin.CreateTenant(pb.CreateTenantRequest(name="acme"), metadata=CREDENTIALS)
+    issued = await admin.IssueKey(pb.IssueKeyRequest(tenant="acme"), metadata=CREDENTIALS)
+    authenticator = Authenticator(ApiKeyStore(service.redis, HASHER), HASHER, cache_s=0.0)
+    assert await authenticator.authenticate(issued.key) == Caller("acme", issued.key_id)
+
+    listed = await admin.ListKeys(pb.ListKeysRequest(tenant="acme"), metadata=CREDENTIALS)
+    assert [(key.key_id, key.tenant) for key in listed.keys] == [(issued.key_id, "acme")]
+    assert issued.key.rsplit("_", 1)[1] not in str(listed)
+
+    await admin.RevokeKey(pb.RevokeKeyRequest(key_id=issued.key_id), metadata=CREDENTIALS)
+    assert not (await admin.ListKeys(pb.ListKeysRequest(tenant="acme"), metadata=CREDENTIALS)).keys
+    with pytest.raises(Exception, match="not valid"):
+        await authenticator.authenticate(issued.key)
+
+
+async def test_usage_is_reported(service: Service) -> None:
+    await service.admin.CreateTenant(pb.CreateTenantRequest(name="acme"), metadata=CREDENTIALS)
+    ledger = Ledger(service.redis, QuotaConfig(), RecordingObserver(), clock=lambda: 0.0)
+    await ledger.settle(await ledger.reserve("acme", "request", 100), Usage(10, 5, 4), "some model")
+    for request in (pb.GetUsageRequest(), pb.GetUsageRequest(tenant="acme")):
+        (record,) = (await service.admin.GetUsage(request, metadata=CREDENTIALS)).records
+        assert (record.tenant, record.model, record.requests) == ("acme", "some model", 1)
+        assert (record.prompt_tokens, record.completion_tokens, record.cached_tokens) == (10, 5, 4)
+
+
+_CALLS: list[tuple[str, Any]] = [
+    ("CreateTenant", pb.CreateTenantRequest(name="acme")),
+    ("ListTenants", pb.ListTenantsRequest()),
+    ("SetTenantLimits", pb.SetTenantLimitsRequest(tenant="acme")),
+    ("IssueKey", pb.IssueKeyRequest(tenant="acme")),
+    ("ListKeys", pb.ListKeysRequest(tenant="acme")),
+    ("RevokeKey", pb.RevokeKeyRequest(key_id="0" * 16)),
+    ("GetUsage", pb.GetUsageRequest()),
+]
+
+
+def test_list_of_calls_is_complete() -> None:
+    methods = pb.DESCRIPTOR.services_by_name["Admin"].methods
+    assert [name for name, _ in _CALLS] == [method.name for method in methods]
+
+
+@pytest.mark.parametrize(("name", "request_message"), _CALLS)
+async def test_no_call_answers_without_the_admin_key(service: Service, name: str, request_message: Any) -> None:
+    call = getattr(service.admin, name)
+    for metadata in (
+        (),
+        (("authorization", ADMIN_KEY),),
+        (("authorization", f"Basic {ADMIN_KEY}"),),
+        (("authorization", f"Bearer {ADMIN_KEY}x"),),
+    ):
+        code, details = await _refused(call(request_message, metadata=metadata))
+        assert code is grpc.StatusCode.UNAUTHENTICATED
+        assert details["ErrorInfo"].reason == "INVALID_API_KEY"
+    assert not (await service.admin.ListTenants(pb.ListTenantsRequest(), metadata=CREDENTIALS)).tenants
+
+
+async def test_errors_name_the_field_at_fault(service: Service) -> None:
+    admin = service.admin
+    code, details = await _refused(admin.CreateTenant(pb.CreateTenantRequest(name="A b"), metadata=CREDENTIALS))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert details["BadRequest"].field_violations[0].field == "name"
+
+    huge = pb.CreateTenantRequest(name="acme", limits=pb.TenantLimits(tokens_per_minute=2**64 - 1))
+    code, details = await _refused(admin.CreateTenant(huge, metadata=CREDENTIALS))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert details["BadRequest"].field_violations[0].field == "limits.tokens_per_minute"
+
+    await admin.CreateTenant(pb.CreateTenantRequest(name="acme"), metadata=CREDENTIALS)
+    code, _ = await _refused(admin.CreateTenant(pb.CreateTenantRequest(name="acme"), metadata=CREDENTIALS))
+    assert code is grpc.StatusCode.ALREADY_EXISTS
+
+
+@pytest.mark.parametrize(
+    ("name", "request_message"),
+    [
+        ("SetTenantLimits", pb.SetTenantLimitsRequest(tenant="nobody")),
+        ("IssueKey", pb.IssueKeyRequest(tenant="nobody")),
+        ("ListKeys", pb.ListKeysRequest(tenant="nobody")),
+        ("RevokeKey", pb.RevokeKeyRequest(key_id="0" * 16)),
+        ("GetUsage", pb.GetUsageRequest(tenant="nobody")),
+    ],
+)
+async def test_what_does_not_exist_is_not_found(service: Service, name: str, request_message: Any) -> None:
+    code, details = await _refused(getattr(service.admin, name)(request_message, metadata=CREDENTIALS))
+    assert code is grpc.StatusCode.NOT_FOUND
+    assert details["ErrorInfo"].reason == "NOT_FOUND"
+
+
+async def test_redis_that_hangs_is_unavailable_with_a_retry_delay(service: Service) -> None:
+    os.kill(service.server.pid, signal.SIGSTOP)
+    code, details = await _refused(service.admin.ListTenants(pb.ListTenantsRequest(), metadata=CREDENTIALS))
+    os.kill(service.server.pid, signal.SIGCONT)
+    assert code is grpc.StatusCode.UNAVAILABLE
+    assert details["RetryInfo"].retry_delay.ToSeconds() == 1
+
+
+async def test_each_act_writes_one_line_without_secrets(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="rempart_platform.apis.admin")
+    await service.admin.CreateTenant(pb.CreateTenantRequest(name="acme"), metadata=CREDENTIALS)
+    issued = await service.admin.IssueKey(pb.IssueKeyRequest(tenant="acme"), metadata=CREDENTIALS)
+    await _refused(service.admin.IssueKey(pb.IssueKeyRequest(tenant="x" * 10_000), metadata=CREDENTIALS))
+    fields = [record.fields for record in caplog.records if hasattr(record, "fields")]
+    assert [(line["act"], line["outcome"], line["tenant"]) for line in fields] == [
+        ("create_tenant", "ok", "acme"),
+        ("issue_key", "ok", "acme"),
+        ("issue_key", "invalid_request", "x" * 63),
+    ]
+    assert fields[1]["key_id"] == issued.key_id
+    assert issued.key.rsplit("_", 1)[1] not in str(fields)
+    assert ADMIN_KEY not in str(fields)
+
+
+async def test_failure_of_ours_is_internal_and_tells_nothing(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: TenantRegistry) -> None:
+        raise ZeroDivisionError("an address, a path")
+
+    monkeypatch.setattr(TenantRegistry, "list", fail)
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await service.admin.ListTenants(pb.ListTenantsRequest(), metadata=CREDENTIALS)
+    assert raised.value.code() is grpc.StatusCode.INTERNAL
+    assert "path" not in str(raised.value.details())

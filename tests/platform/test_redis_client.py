@@ -1,0 +1,127 @@
+import asyncio
+import hashlib
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.tenancy.breaker import Breaker
+from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redis
+from rempart_platform.tenancy.lua import Script
+from rempart_platform.tenancy.redis_client import RedisAwayError, RedisConfig, connect_redis
+from rempart_platform.tenancy.testing import own_redis, patient
+
+
+def _echo() -> Script:
+    text = "return {ARGV[1]}"
+    return Script("echo", text, hashlib.sha1(text.encode()).hexdigest())
+
+
+async def test_script_runs_on_a_server_that_has_never_seen_it_and_again_after_it_forgot() -> None:
+    async with own_redis() as redis:
+        assert await redis.run_script(_echo(), (), ("one",)) == ["one"]
+        await redis.call(lambda each: each.script_flush())
+        assert await redis.run_script(_echo(), (), ("two",)) == ["two"]
+
+
+async def test_hash_is_written_by_field_and_read_whole() -> None:
+    async with own_redis() as redis:
+        await redis.write_hash("key", {"a": 1, "b": "x"})
+        await redis.write_hash("key", {"b": "y"})
+        assert await redis.read_hash("key") == {"a": "1", "b": "y"}
+        assert await redis.read_hash("no such key") == {}
+
+
+async def test_more_callers_than_connections_all_get_their_answer() -> None:
+    async with (
+        embedded_redis(EmbeddedRedisConfig()) as server,
+        connect_redis(RedisConfig(server.url, timeout_s=10.0, max_connections=2)) as redis,
+    ):
+        replies = await asyncio.gather(*(redis.run_script(_echo(), (), (str(i),)) for i in range(100)))
+        assert replies == [[str(i)] for i in range(100)]
+        assert len(await redis.call(lambda each: each.client_list())) == 2
+
+
+async def test_redis_that_is_not_there_is_unavailable(tmp_path: Path) -> None:
+    async with connect_redis(RedisConfig(f"unix://{tmp_path}/none.sock")) as redis:
+        with pytest.raises(RempartError) as raised:
+            await redis.read_hash("key")
+    assert raised.value.kind is ErrorKind.UNAVAILABLE
+    assert raised.value.retry_after_s == 1.0
+    assert str(tmp_path) not in raised.value.message
+
+
+async def test_hung_redis_is_unavailable_at_once_opens_the_breaker_and_comes_back() -> None:
+    now = [0.0]
+    async with (
+        embedded_redis(EmbeddedRedisConfig()) as server,
+        connect_redis(RedisConfig(server.url, open_s=1.0), clock=lambda: now[0]) as redis,
+    ):
+        await redis.write_hash("key", {"a": 1})
+        os.kill(server.pid, signal.SIGSTOP)
+        started = time.monotonic()
+        errors = await asyncio.gather(*(redis.read_hash("key") for _ in range(200)), return_exceptions=True)
+        elapsed_s = time.monotonic() - started
+        assert all(isinstance(error, RedisAwayError) for error in errors)
+        # 0.25 s by its time-outs; the rest is for a busy machine. The defaults of redis-py would take a minute.
+        assert elapsed_s < 1.5
+        assert not redis.is_available
+
+        with pytest.raises(RedisAwayError) as raised:
+            await redis.read_hash("key")
+        assert not raised.value.may_have_run
+        assert raised.value.retry_after_s == 1.0
+
+        os.kill(server.pid, signal.SIGCONT)
+        now[0] += 1.0
+        assert await redis.read_hash("key") == {"a": "1"}
+        assert redis.is_available
+
+
+async def test_mistake_of_ours_is_not_taken_for_an_outage() -> None:
+    async with embedded_redis(EmbeddedRedisConfig()) as server, connect_redis(patient(server.url)) as redis:
+        await redis.write_hash("key", {"a": 1})
+        for _ in range(5):
+            with pytest.raises(Exception, match="WRONGTYPE"):
+                await redis.call(lambda each: each.get("key"))
+        assert redis.is_available
+
+
+def test_breaker_opens_after_consecutive_failures_only() -> None:
+    breaker = Breaker(3, 10.0, lambda: 0.0)
+    for _ in range(2):
+        breaker.record_failure()
+    breaker.record_success()
+    for _ in range(2):
+        breaker.record_failure()
+    assert breaker.wait_s() == 0.0
+    breaker.record_failure()
+    assert breaker.wait_s() == 10.0
+
+
+def test_breaker_lets_one_probe_through_and_closes_when_it_succeeds() -> None:
+    now = [0.0]
+    breaker = Breaker(1, 10.0, lambda: now[0])
+    breaker.record_failure()
+    now[0] = 9.0
+    assert breaker.wait_s() == 1.0
+    now[0] = 10.0
+    assert breaker.wait_s() == 0.0
+    assert breaker.wait_s() == 10.0
+    breaker.record_success()
+    assert breaker.wait_s() == 0.0
+
+
+def test_breaker_stays_open_when_the_probe_fails() -> None:
+    now = [0.0]
+    breaker = Breaker(3, 10.0, lambda: now[0])
+    for _ in range(3):
+        breaker.record_failure()
+    now[0] = 10.0
+    assert breaker.wait_s() == 0.0
+    now[0] = 12.0
+    breaker.record_failure()
+    assert breaker.wait_s() == 10.0
