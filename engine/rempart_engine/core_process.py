@@ -52,7 +52,7 @@ def _run(channel: CoreChannel) -> int:
     set_up_logging(config.log_level)
     try:
         loaded = _load(config, lambda fraction: channel.send(Loading(fraction)))
-        scheduler = Scheduler(_scheduler_config(config, loaded))
+        scheduler = Scheduler(scheduler_config(config, loaded))
     except FrontGoneError:
         raise
     except Exception as error:
@@ -83,7 +83,8 @@ def _load(config: EngineConfig, on_progress: Callable[[float], None]) -> LoadedM
     return loaded
 
 
-def _scheduler_config(config: EngineConfig, loaded: LoadedModel) -> SchedulerConfig:
+def scheduler_config(config: EngineConfig, loaded: LoadedModel) -> SchedulerConfig:
+    """What the scheduler must know, from what was asked for and what was loaded."""
     return SchedulerConfig(
         num_blocks=loaded.num_blocks,
         block_size=BLOCK_SIZE,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from rempart_engine.core.request import RequestId
 from rempart_engine.core.runner import Runner
 from rempart_engine.core.scheduler import Scheduler
-from rempart_engine.core.step import TokenEvent
+from rempart_engine.core.step import StepPlan, TokenEvent
 from rempart_engine.ipc import Abort, Configure, CoreChannel, FrontMessage, Start, StepUpdate, Stop
 
 _BLOCKED_WAIT_S = 0.01
@@ -57,22 +57,15 @@ class EngineLoop:
             events += self._apply(message)
         events += self._scheduler.expire(self._clock())
         started_at = self._clock()
-        self._release_rows()  # of ended sequences, for the plan to use
-        plan = self._scheduler.schedule()
-        self._release_rows()  # of preempted sequences
+        plan, brought = step(self._scheduler, self._runner)
+        events += brought
         self._is_blocked = plan is None
-        if plan is not None:
-            events += self._scheduler.commit(self._runner.execute(plan))
         return StepUpdate(
             events=tuple(events),
             load=self._scheduler.load(),
             num_tokens=0 if plan is None else plan.num_tokens,
             duration_s=self._clock() - started_at,
         )
-
-    def _release_rows(self) -> None:
-        if released := self._scheduler.take_released_rows():
-            self._runner.release_rows(released)
 
     def _apply(self, message: FrontMessage) -> list[TokenEvent]:
         match message:
@@ -82,3 +75,16 @@ class EngineLoop:
                 return self._scheduler.abort(RequestId(request_id))
             case Configure() | Stop():
                 raise AssertionError(f"{type(message).__name__} does not belong into the loop")
+
+
+def step(scheduler: Scheduler, runner: Runner) -> tuple[StepPlan | None, list[TokenEvent]]:
+    """One pass: schedule, execute, commit. The plan is None, and nothing was computed, when nothing could be."""
+    _release_rows(scheduler, runner)  # of ended sequences, for the plan to use
+    plan = scheduler.schedule()
+    _release_rows(scheduler, runner)  # of preempted sequences
+    return plan, [] if plan is None else scheduler.commit(runner.execute(plan))
+
+
+def _release_rows(scheduler: Scheduler, runner: Runner) -> None:
+    if released := scheduler.take_released_rows():
+        runner.release_rows(released)
