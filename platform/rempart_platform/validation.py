@@ -1,0 +1,191 @@
+"""The one way from a client's message to a `GenerationRequest`, for gRPC and HTTP alike.
+
+Cheap checks come first, tokenization last and off the event loop when the text is long; behind this module nothing
+checks a request again.
+"""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from rempart_platform.chat.format import ChatFormat
+from rempart_platform.chat.message import Message, Role
+from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.generation import Caller, GenerationRequest
+from rempart_platform.models import ServedModel
+from rempart_platform.request_limits import RequestLimits, require_at_most
+from rempart_platform.sampling_rules import check_sampling, require_in_vocabulary
+from rempart_platform.text.tokenizer import run_sized
+from rempart_protos.v1 import inference_pb2, sampling_pb2
+
+_ROLES: Final[dict[str, Role]] = {
+    "system": "system",
+    "developer": "system",  # OpenAI's newer word for it
+    "user": "user",
+    "assistant": "assistant",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What a front end knows of a request beside its message.
+
+    `seed` is drawn at random for requests that name none; `timeout_s` is how long the caller will wait, if it said so.
+    """
+
+    request_id: str
+    caller: Caller
+    created_s: int
+    seed: int
+    timeout_s: float | None = None
+
+
+def mint_request_id() -> str:
+    """128 random bits: no client can guess or choose another's."""
+    return secrets.token_hex(16)
+
+
+def mint_seed() -> int:
+    """A seed for a request that names none; 63 bits, so that every client can send it back."""
+    return secrets.randbits(63)
+
+
+async def chat(
+    request: inference_pb2.ChatRequest, model: ServedModel, limits: RequestLimits, arrival: Arrival
+) -> GenerationRequest:
+    """A valid request for the conversation. Raises RempartError naming the field at fault."""
+    _check_options(request.options, model, limits)
+    prompt = await _render(request.messages, model, limits)
+    return _admissible(prompt, "messages", request.options, model, limits, arrival)
+
+
+async def complete(
+    request: inference_pb2.CompleteRequest, model: ServedModel, limits: RequestLimits, arrival: Arrival
+) -> GenerationRequest:
+    """A valid request for the text or the token ids. Raises RempartError naming the field at fault."""
+    _check_options(request.options, model, limits)
+    match request.WhichOneof("prompt"):
+        case "text":
+            prompt = await _encode(request.text, model, limits, param="prompt")
+        case "token_ids":
+            prompt = list(request.token_ids.ids)
+            if len(prompt) < model.max_model_len:  # else refused below, for its length
+                _check_prompt_ids(prompt, model)
+        case _:
+            raise _invalid("'prompt' is required.", "prompt")
+    return _admissible(prompt, "prompt", request.options, model, limits, arrival)
+
+
+async def tokenize(request: inference_pb2.TokenizeRequest, model: ServedModel, limits: RequestLimits) -> list[int]:
+    """Token ids as `chat` (with messages) or `complete` (without) would send them. Raises RempartError."""
+    if request.messages:
+        return await _render(request.messages, model, limits)
+    return await _encode(request.text, model, limits, param="text")
+
+
+async def _encode(text: str, model: ServedModel, limits: RequestLimits, param: str) -> list[int]:
+    require_at_most(len(text), limits, "max_prompt_chars", param, unit="characters")
+    return await run_sized(len(text), lambda: model.tokenizer.encode(text, add_special=True))
+
+
+async def _render(
+    messages: Sequence[inference_pb2.ChatMessage], model: ServedModel, limits: RequestLimits
+) -> list[int]:
+    chat_format = _chat_format(model)
+    if not messages:
+        raise _invalid("'messages' must hold at least one message.", "messages")
+    require_at_most(len(messages), limits, "max_messages", "messages", unit="messages")
+    num_chars = sum(len(message.content) for message in messages)
+    require_at_most(num_chars, limits, "max_prompt_chars", "messages", unit="characters")
+    turns = [_turn(message, position) for position, message in enumerate(messages)]
+    return await run_sized(num_chars, lambda: chat_format.render(turns))
+
+
+def _chat_format(model: ServedModel) -> ChatFormat:
+    if model.chat_format is None:
+        message = f"The model `{model.name}` has no chat format that is supported; use completions."
+        raise _invalid(message, "model")
+    return model.chat_format
+
+
+def _turn(message: inference_pb2.ChatMessage, position: int) -> Message:
+    role = _ROLES.get(message.role)
+    if role is None:
+        raise _invalid(
+            f"'messages[{position}].role' must be one of {', '.join(map(repr, _ROLES))}.", f"messages[{position}].role"
+        )
+    return Message(role, message.content)
+
+
+def _check_options(options: inference_pb2.GenerationOptions, model: ServedModel, limits: RequestLimits) -> None:
+    check_sampling(options.sampling, model.vocab_size, limits)
+    require_at_most(len(options.stop), limits, "max_stop_strings", "stop", unit="strings")
+    for stop in options.stop:
+        require_at_most(len(stop), limits, "max_stop_chars", "stop", unit="characters in one string")
+        if not stop:
+            raise _invalid("'stop' holds an empty string.", "stop")
+    for param in ("prompt_cache_key", "user"):
+        require_at_most(len(getattr(options, param)), limits, "max_label_chars", param, unit="characters")
+
+
+def _check_prompt_ids(prompt: Sequence[int], model: ServedModel) -> None:
+    if prompt:
+        require_in_vocabulary(max(prompt), model.vocab_size, "prompt")
+
+
+def _admissible(
+    prompt: list[int],
+    param: str,
+    options: inference_pb2.GenerationOptions,
+    model: ServedModel,
+    limits: RequestLimits,
+    arrival: Arrival,
+) -> GenerationRequest:
+    if not prompt:
+        raise _invalid(f"'{param}' must hold at least one token.", param)
+    sampling = sampling_pb2.SamplingParams()
+    sampling.CopyFrom(options.sampling)
+    sampling.max_tokens = _max_tokens(len(prompt), param, sampling, model, limits)
+    if not sampling.HasField("seed"):
+        sampling.seed = arrival.seed
+    if sampling.min_tokens > sampling.max_tokens:
+        message = f"'min_tokens' is {sampling.min_tokens}, above 'max_tokens', which is {sampling.max_tokens}."
+        raise _invalid(message, "min_tokens")
+    return GenerationRequest(
+        request_id=arrival.request_id,
+        caller=arrival.caller,
+        model=model.name,
+        prompt_token_ids=tuple(prompt),
+        sampling=sampling,
+        stop=tuple(options.stop),
+        include_stop=options.include_stop,
+        prompt_cache_key=options.prompt_cache_key,
+        user=options.user,
+        created_s=arrival.created_s,
+        timeout_s=None if arrival.timeout_s is None else min(arrival.timeout_s, limits.max_request_s),
+    )
+
+
+def _max_tokens(
+    num_prompt: int, param: str, sampling: sampling_pb2.SamplingParams, model: ServedModel, limits: RequestLimits
+) -> int:
+    """Output tokens that are asked for, or what is left of the context up to the default."""
+    maximum = f"This model's maximum context length is {model.max_model_len} tokens. However, "
+    left = model.max_model_len - num_prompt
+    if left < 1:
+        message = f"{maximum}your {param} resulted in {num_prompt} tokens. Please reduce the length of the {param}."
+        raise RempartError(ErrorKind.CONTEXT_LENGTH_EXCEEDED, message, param=param)
+    if not sampling.HasField("max_tokens"):
+        return max(min(left, limits.default_max_tokens), min(left, sampling.min_tokens))
+    if sampling.max_tokens > left:
+        message = (
+            f"{maximum}you requested {num_prompt + sampling.max_tokens} tokens ({num_prompt} in the {param}, "
+            f"{sampling.max_tokens} in the completion). Please reduce the length of the {param} or completion."
+        )
+        raise RempartError(ErrorKind.CONTEXT_LENGTH_EXCEEDED, message, param=param)
+    return sampling.max_tokens
+
+
+def _invalid(message: str, param: str) -> RempartError:
+    return RempartError(ErrorKind.INVALID_REQUEST, message, param=param)
