@@ -61,11 +61,14 @@ def at_least(values: torch.Tensor, thresholds: torch.Tensor, floor: float) -> Ca
     return Candidates(ids.gather(1, order), found, counts)
 
 
-def draw(candidates: Candidates, filters: Filters, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(
+    candidates: Candidates, filters: Filters, holds_top_k: torch.Tensor, uniforms: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Filter by top-k, top-p, min-p in this order, and draw one token id a row.
 
     Args:
         candidates: their values are probabilities, of which all of a row's vocabulary sum to 1.
+        holds_top_k: whether every token that top-k keeps is among a row's candidates, bool [R].
         uniforms: float64 [R] in (0, 1).
 
     Returns:
@@ -73,13 +76,12 @@ def draw(candidates: Candidates, filters: Filters, uniforms: torch.Tensor) -> tu
     """
     values = candidates.values.double()
     columns = torch.arange(values.shape[1], device=values.device)
-    kept = columns < torch.minimum(filters.top_k, candidates.counts)[:, None]
+    kept = columns < filters.top_k[:, None]
     cumulative = (values * kept).cumsum(dim=1)  # in order, so that padding after a row's end changes nothing
     before = torch.nn.functional.pad(cumulative, (1, 0))[:, :-1]
-    limited = filters.top_k <= candidates.counts
-    wanted = filters.top_p * torch.where(limited, cumulative[:, -1], 1.0)
-    enough = limited | (cumulative[:, -1] >= wanted)
-    kept &= (before < wanted[:, None]) & (values >= filters.min_p[:, None] * values[:, :1])
+    wanted = filters.top_p * torch.where(holds_top_k, cumulative[:, -1], 1.0)
+    enough = holds_top_k | (cumulative[:, -1] >= wanted)
+    kept &= (before < wanted[:, None]) & (values > 0) & (values >= filters.min_p[:, None] * values[:, :1])
     last = kept.sum(dim=1, keepdim=True).clamp(min=1) - 1  # every filter keeps a head of the row
     targets = uniforms[:, None] * cumulative.gather(1, last)
     places = torch.minimum((cumulative <= targets).sum(dim=1, keepdim=True), last)

@@ -114,7 +114,8 @@ def _draw_ranked(
     columns = (torch.from_numpy(column).to(device) for column in (top_k, state.top_p[rows], state.min_p[rows]))
     filters = Filters(*columns)
     thresholds = count_thresholds(probabilities, torch.from_numpy(counts).to(device))
-    token_ids, enough = draw(at_least(probabilities, thresholds, 0.0), filters, numbers)
+    holds_top_k = torch.from_numpy(counts >= top_k).to(device)
+    token_ids, enough = draw(at_least(probabilities, thresholds, 0.0), filters, holds_top_k, numbers)
     rest = torch.nonzero(~enough)[:, 0]
     if len(rest):
         nucleus = keep_nucleus(probabilities[rest], filters.top_p[rest])

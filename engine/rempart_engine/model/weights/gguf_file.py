@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from gguf import GGUFReader, GGUFValueType, ReaderTensor, dequantize
 
@@ -77,7 +79,7 @@ class GGUFFile:
                 values = _halves_apart(values, self._config.num_kv_heads)
             yield name, torch.from_numpy(values).to(dtype)
 
-    def _dequantized(self, tensor: ReaderTensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    def _dequantized(self, tensor: ReaderTensor) -> npt.NDArray[np.float32]:
         """Values as float32, an array of their own."""
         try:
             values = dequantize(tensor.data, tensor.tensor_type)
@@ -87,9 +89,26 @@ class GGUFFile:
         return np.array(values, dtype=np.float32).reshape(_shape(tensor))
 
 
+class _BoundedReader(GGUFReader):
+    """Stops at the end of the file. The library's own reader goes on with empty values, for as long as a damaged
+    count tells it to."""
+
+    def _get(
+        self,
+        offset: int,
+        dtype: npt.DTypeLike,
+        count: int = 1,
+        override_order: Literal["I", "S", "<"] | None = None,
+    ) -> npt.NDArray[np.generic]:
+        if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise ValueError(f"the file ends before what is said to be at byte {offset}")
+        values: npt.NDArray[np.generic] = super()._get(offset, dtype, count, override_order)
+        return values
+
+
 def _read(path: Path) -> tuple[GGUFReader, dict[str, object]]:
     try:
-        reader = GGUFReader(path)
+        reader = _BoundedReader(path)
         return reader, _scalars(reader)
     except (OSError, ValueError, KeyError, IndexError, OverflowError) as error:
         raise ModelError(f"{path}: is not a whole GGUF file: {error}") from error
@@ -120,9 +139,7 @@ def _our_name(name: str) -> str:
             return f"gguf:{name}"
 
 
-def _halves_apart(
-    weight: np.ndarray[tuple[int, ...], np.dtype[np.float32]], num_heads: int
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def _halves_apart(weight: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
     """Undo GGUF's order of a head's rows, in which rotary pairs are neighbours: rows i and i + D/2 pair up again."""
     pairs = weight.reshape(num_heads, -1, 2, weight.shape[1])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(weight.shape)

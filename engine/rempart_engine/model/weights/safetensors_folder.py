@@ -34,11 +34,15 @@ class SafetensorsFolder:
             found = _shapes(file)
             if indexed is not None and indexed != found.keys():
                 raise ModelError(f"{file}: its tensors are not those that {_INDEX} lists for it")
-            self._names[file] = {_our_name(name): name for name in found if not name.endswith(_ROTARY_BUFFER)}
-            for ours, theirs in self._names[file].items():
+            self._names[file] = {}
+            for name, shape in found.items():
+                if name.endswith(_ROTARY_BUFFER):
+                    continue
+                ours = name.removeprefix("model.")
                 if ours in shapes:
-                    raise ModelError(f"{file}: tensor {theirs} is there twice")
-                shapes[ours] = found[theirs]
+                    raise ModelError(f"{file}: tensor {ours} is there twice")
+                shapes[ours] = shape
+                self._names[file][ours] = name
         self._config = LlamaConfig.from_hf(config, generation)
         if "lm_head.weight" in shapes:  # the file is the truth: a head that is there is used
             self._config = self._config.untied()
@@ -64,10 +68,6 @@ class SafetensorsFolder:
                         yield ours, opened.get_tensor(theirs).to(dtype)
             except (OSError, SafetensorError) as error:
                 raise ModelError(f"{file}: {error}") from error
-
-
-def _our_name(name: str) -> str:
-    return name.removeprefix("model.")
 
 
 def _read_json(path: Path) -> Mapping[str, object]:
