@@ -142,7 +142,7 @@ async def test_no_call_answers_without_the_admin_key(service: Service, name: str
     ):
         code, details = await _refused(call(request_message, metadata=metadata))
         assert code is grpc.StatusCode.UNAUTHENTICATED
-        assert details["ErrorInfo"].reason == "INVALID_API_KEY"
+        assert details["ErrorInfo"].reason == "invalid_api_key"
     assert not (await service.admin.ListTenants(pb.ListTenantsRequest(), metadata=CREDENTIALS)).tenants
 
 
@@ -175,7 +175,7 @@ async def test_errors_name_the_field_at_fault(service: Service) -> None:
 async def test_what_does_not_exist_is_not_found(service: Service, name: str, request_message: Any) -> None:
     code, details = await _refused(getattr(service.admin, name)(request_message, metadata=CREDENTIALS))
     assert code is grpc.StatusCode.NOT_FOUND
-    assert details["ErrorInfo"].reason == "NOT_FOUND"
+    assert details["ErrorInfo"].reason == "not_found"
 
 
 async def test_redis_that_hangs_is_unavailable_with_a_retry_delay(service: Service) -> None:

@@ -39,8 +39,9 @@ async def test_data_folder_outlives_the_server(tmp_path: Path) -> None:
         assert await redis.get("key") == "value"
 
 
-async def test_server_that_was_stopped_by_a_signal_still_ends() -> None:
-    async with embedded_redis(EmbeddedRedisConfig()) as server:
+@pytest.mark.parametrize("keeps_data", [True, False])
+async def test_server_that_was_stopped_by_a_signal_still_ends(tmp_path: Path, keeps_data: bool) -> None:
+    async with embedded_redis(EmbeddedRedisConfig(data_folder=tmp_path if keeps_data else None)) as server:
         os.kill(server.pid, signal.SIGSTOP)
     assert not psutil.pid_exists(server.pid)
 

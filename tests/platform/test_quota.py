@@ -16,7 +16,7 @@ from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redi
 from rempart_platform.tenancy.keyspace import TenantKeys
 from rempart_platform.tenancy.quota import REFUND, Ledger, QuotaConfig, open_ledger
 from rempart_platform.tenancy.redis_client import RedisClient, RedisConfig, connect_redis
-from rempart_platform.tenancy.reservation import Snapshot
+from rempart_platform.tenancy.reservation import Reservation, Snapshot
 from rempart_platform.tenancy.tenants import TenantLimits, TenantRegistry
 from rempart_platform.tenancy.testing import RecordingObserver, own_redis, patient
 from rempart_platform.tenancy.usage import UsageReader
@@ -228,6 +228,16 @@ async def test_reserving_the_same_request_twice_counts_once(redis: RedisClient, 
     await ledger.reserve("acme", "request", 50)
     await ledger.reserve("acme", "request", 50)
     assert await ledger.snapshot("acme") == Snapshot(requests=1, tokens=50, concurrency=1)
+
+
+async def test_reservation_that_comes_after_its_refund_counts_nothing(
+    redis: RedisClient, observer: RecordingObserver
+) -> None:
+    ledger = _ledger(redis, observer)
+    await ledger.refund(Reservation("given up", "acme", 50))
+    with pytest.raises(AssertionError, match="serves one reservation"):
+        await ledger.reserve("acme", "given up", 50)
+    assert await ledger.snapshot("acme") == NOTHING
 
 
 async def test_unset_limits_are_the_routers_and_zero_is_unlimited(

@@ -7,10 +7,9 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
 import grpc
-from google.protobuf import any_pb2, duration_pb2
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # the package ships none
-from grpc_status import rpc_status
 
+from rempart_platform.apis.grpc_errors import error_status
+from rempart_platform.apis.services import bearer_token
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.tenancy.api_keys import AdminAuthenticator, ApiKeyStore
 from rempart_platform.tenancy.tenants import Tenant, TenantLimits, TenantRegistry
@@ -112,30 +111,9 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             logger.info("admin act", extra={"fields": fields | {"outcome": outcome}})
 
 
-def error_status(error: RempartError) -> grpc.Status:
-    """The status of an admin call: code, message and google.rpc details."""
-    answer = error.answer
-    details = [any_pb2.Any()]
-    details[0].Pack(error_details_pb2.ErrorInfo(reason=error.kind.name, domain="rempart"))
-    if error.param is not None:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.param, description=error.message)
-        details.append(any_pb2.Any())
-        details[-1].Pack(error_details_pb2.BadRequest(field_violations=[violation]))
-    if error.retry_after_s is not None:
-        delay = duration_pb2.Duration()
-        delay.FromNanoseconds(round(error.retry_after_s * 1e9))
-        details.append(any_pb2.Any())
-        details[-1].Pack(error_details_pb2.RetryInfo(retry_delay=delay))
-    code: int = answer.grpc_code.value[0]
-    return rpc_status.to_status(status_pb2.Status(code=code, message=error.message, details=details))
-
-
 def _bearer(context: _Context) -> str:
-    for name, value in context.invocation_metadata() or ():
-        if name == "authorization":
-            scheme, _, bearer = str(value).partition(" ")
-            return bearer.strip() if scheme.lower() == "bearer" else ""
-    return ""
+    metadata = dict(context.invocation_metadata() or ())
+    return bearer_token(str(metadata.get("authorization", "")))
 
 
 def _limits(limits: admin_pb2.TenantLimits) -> TenantLimits:

@@ -73,7 +73,7 @@ async def embedded_redis(config: EmbeddedRedisConfig) -> AsyncIterator[EmbeddedR
             await _wait_until_ready(process, socket, log, config.start_timeout_s)
             yield EmbeddedRedis(f"unix://{socket}", process.pid)
         finally:
-            await _stop(process)
+            await _stop(process, keeps_data=config.data_folder is not None)
 
 
 def find_server() -> Path:
@@ -163,16 +163,14 @@ def _end_of(log: Path) -> str:
     return log.read_text(errors="replace")[-1000:] if log.exists() else "it wrote no log"
 
 
-async def _stop(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is not None:
-        return
+async def _stop(process: asyncio.subprocess.Process, *, keeps_data: bool) -> None:
+    if keeps_data:
+        with contextlib.suppress(ProcessLookupError, TimeoutError):
+            process.terminate()
+            # A stopped process takes SIGTERM only when it runs again.
+            process.send_signal(signal.SIGCONT)
+            async with asyncio.timeout(_STOP_TIMEOUT_S):
+                await process.wait()
     with contextlib.suppress(ProcessLookupError):
-        process.terminate()
-        # A stopped process takes SIGTERM only when it runs again.
-        process.send_signal(signal.SIGCONT)
-    try:
-        async with asyncio.timeout(_STOP_TIMEOUT_S):
-            await process.wait()
-    except TimeoutError:
         process.kill()
-        await process.wait()
+    await process.wait()
