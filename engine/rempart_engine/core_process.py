@@ -59,6 +59,9 @@ def _run(channel: CoreChannel) -> int:
         _log.debug("loading failed", exc_info=True)
         channel.send(LoadFailed(f"{type(error).__name__}: {error}"))
         return EXIT_LOAD_FAILED
+    heartbeat_s = min(1.0, config.step_timeout_s / 4)
+    loop = EngineLoop(scheduler, loaded.runner, channel, heartbeat_s)
+    loop.sign_of_life()  # before the front is ready, so that a ready front knows its load
     channel.send(
         Ready(
             model_name=loaded.model_name,
@@ -70,7 +73,7 @@ def _run(channel: CoreChannel) -> int:
             dtype=loaded.dtype,
         )
     )
-    EngineLoop(scheduler, loaded.runner, channel, heartbeat_s=min(1.0, config.step_timeout_s / 4)).run()
+    loop.run()
     return EXIT_STOPPED
 
 

@@ -38,6 +38,10 @@ class EngineLoop:
         self._clock = clock
         self._is_blocked = False
 
+    def sign_of_life(self) -> None:
+        """Tell the load."""
+        self._channel.send(self._pass([]))
+
     def run(self) -> None:
         """Return when the front says stop; raise FrontGoneError when it is gone, and whatever a step raises."""
         while True:

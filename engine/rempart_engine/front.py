@@ -77,6 +77,8 @@ class EngineFront:
         self._num_sessions += 1
         session = CallerSession(namespace or f"session-{self._num_sessions}", self._config.max_session_buffer_bytes)
         self._sessions[session] = set()
+        if (load := self.load()) is not None:
+            session.push_load(load)
         try:
             yield session
         finally:
@@ -119,7 +121,7 @@ class EngineFront:
         """The last load that the core told; None while loading."""
         if self._load is None:
             return None
-        return load_to_proto(self._load, draining=self.phase is not Phase.SERVING)
+        return load_to_proto(self._load, draining=self.phase in (Phase.DRAINING, Phase.LOST))
 
     def push_load(self) -> None:
         """Send the load to every session, whether or not a step concerned it."""

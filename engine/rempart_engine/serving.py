@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+import socket
 import time
 from collections.abc import Callable, Mapping
 from enum import IntEnum
@@ -78,12 +79,17 @@ class EngineProcess:
         return code
 
     async def _listen(self) -> None:
-        host = self._config.host
+        config = self._config
+        host = f"[{config.host}]" if ":" in config.host else config.host
         try:
-            port = self._server.add_insecure_port(f"{host}:{self._config.port}")
-        except RuntimeError as error:  # how gRPC says that the address is taken
-            raise OSError(f"cannot listen on {host}:{self._config.port}: {error}") from error
-        metrics_port = self._metrics.serve(host, self._config.metrics_port)
+            _require_free(config.host, config.port)
+            port = self._server.add_insecure_port(f"{host}:{config.port}")
+        except (OSError, RuntimeError) as error:  # gRPC raises the latter
+            raise OSError(f"cannot listen on {host}:{config.port}: {error}") from error
+        try:
+            metrics_port = self._metrics.serve(config.host, config.metrics_port)
+        except OSError as error:
+            raise OSError(f"cannot listen on {host}:{config.metrics_port} for metrics: {error}") from error
         await self._server.start()
         self._addresses = {"address": f"{host}:{port}", "metrics": f"http://{host}:{metrics_port}/metrics"}
 
@@ -153,6 +159,12 @@ class EngineProcess:
         else:
             self._core.kill()
             await self._core.wait(_CORE_STOP_S)
+
+
+def _require_free(host: str, port: int) -> None:
+    """Raises OSError, in plainer words than gRPC's, when the address cannot be listened on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    socket.create_server((host, port), family=family).close()
 
 
 async def serve(config: EngineConfig, environ: Mapping[str, str], announce: Announce) -> ExitCode:

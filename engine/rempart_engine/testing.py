@@ -1,10 +1,12 @@
-"""A runner without a model: deterministic tokens, real bookkeeping, and faults on demand.
+"""A runner without a model (deterministic tokens, real bookkeeping, faults on demand), and processes that serve it.
 
 The model "file" is a small JSON object with the fields of `FakeModel`. The next token is a hash of seed, choice and all
 tokens so far, so a test knows every output without a reference run. The runner keeps KV blocks as token ids and checks
 that a sequence's block table holds exactly its tokens: a scheduler or prefix cache that mixes sequences up fails here.
 """
 
+import subprocess
+import sys
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -179,3 +181,43 @@ def _fake_logprob(token_id: int, num_alternatives: int) -> TokenLogprob:
     """The token itself as most likely, then the ids after it, each half as likely."""
     top_token_ids = tuple(token_id + rank for rank in range(num_alternatives))
     return TokenLogprob(-0.5, top_token_ids, tuple(-0.5 - 0.6931 * rank for rank in range(num_alternatives)))
+
+
+class EngineUnderTest:
+    """A real engine process with a fake model, as a context manager that leaves no process behind."""
+
+    def __init__(self, model: FakeModel, folder: Path, *flags: str) -> None:
+        self.log_path = folder / "engine.log"
+        with self.log_path.open("w") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "rempart_engine", "--model", str(model.write(folder)), "--port", "0"),
+                    *("--metrics-port", "0", "--runner", FAKE_RUNNER, "--num-threads", "1", *flags),
+                ],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        self.loading: list[float] = []
+        self.address = ""
+        self.metrics_url = ""
+
+    def wait_until_ready(self) -> None:
+        """Read what the process says on stdout until it is ready; returns also when it ends before."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            said = msgspec.json.decode(line, type=dict[str, object])
+            if "ready" in said:
+                self.address, self.metrics_url = str(said["address"]), str(said["metrics"])
+                return
+            self.loading.append(float(str(said["loading"])))
+
+    def __enter__(self) -> "EngineUnderTest":
+        self.wait_until_ready()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()  # its core dies with it
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
