@@ -14,6 +14,8 @@ class Runner(Protocol):
         """Compute the plan; the result holds one entry per row of the plan, in its order.
 
         A row that fails alone is reported in its `RowResult.error`; an exception means that the whole step failed.
+        Plans that were made before the scheduler heard of a failure, an end or an abort still name the row: whatever is
+        computed for it then is dropped.
         """
         ...
 

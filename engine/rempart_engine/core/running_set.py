@@ -63,6 +63,7 @@ class RunningSet:
     def end(self, sequence: Sequence) -> None:
         """It runs no more; row and blocks come back now, or when `land` finds nothing in flight."""
         self.sequences.remove(sequence)
+        sequence.is_preempting = False
         if sequence.is_in_flight:
             self._ended_in_flight.add(sequence)
         else:

@@ -107,6 +107,8 @@ class SimulatedRunner:
         assert scheduled.samples == (end == len(row.token_ids)), "samples exactly after the last token"
         if scheduled.row in self.failing_rows:
             self.failing_rows.remove(scheduled.row)
+            if scheduled.samples:
+                row.token_ids.append(0)  # plans that are made already go on from it
             return RowResult(scheduled.row, error="not a number in the logits")
         prompt_logprobs: tuple[TokenLogprob, ...] = ()
         if scheduled.wants_prompt_logprobs:
