@@ -160,7 +160,7 @@ class CoreChannel:
         """Raises FrontGoneError."""
         try:
             self._end.sendall(encode_frame(message))
-        except (BrokenPipeError, ConnectionResetError) as error:
+        except ConnectionError as error:
             raise FrontGoneError from error
 
     def receive(self, timeout_s: float | None) -> list[FrontMessage]:
@@ -177,7 +177,7 @@ class CoreChannel:
                 chunk = self._end.recv(_READ_BYTES, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return messages
-            except ConnectionResetError as error:
+            except ConnectionError as error:
                 raise FrontGoneError from error
             if not chunk:
                 raise FrontGoneError
@@ -204,7 +204,7 @@ class FrontChannel:
         """Messages as they come, until the core closes its end or dies."""
         splitter = FrameSplitter()
         decoder: msgspec.msgpack.Decoder[CoreMessage] = msgspec.msgpack.Decoder(CoreMessage)
-        with contextlib.suppress(ConnectionResetError):  # a way to die like any other
+        with contextlib.suppress(ConnectionError):  # a way to die like any other
             while chunk := await self._reader.read(_READ_BYTES):
                 for payload in splitter.feed(chunk):
                     yield decoder.decode(payload)

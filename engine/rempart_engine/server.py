@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 from grpc_health.v1 import health as grpc_health
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -91,7 +92,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
 
     async def _send_updates(self, session: CallerSession, context: _Context) -> None:
         async for update in session.updates():
-            await context.write(update)
+            if not await _write(session, context, update):
+                return
 
     async def _send_events(self, session: CallerSession, context: _Context) -> None:
         async for update in session.updates():
@@ -99,7 +101,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
                 if event.HasField("error") and (status := _CALL_STATUS.get(event.error.code)) is not None:
                     session.end(status, event.error.message, instead=True)
                     return
-                await context.write(event)
+                if not await _write(session, context, event):
+                    return
 
 
 async def _until_ended(
@@ -115,7 +118,20 @@ async def _until_ended(
             task.cancel()
 
 
+async def _write(session: CallerSession, context: _Context, message: Message) -> bool:
+    """Send a message; False, and the session ended as cancelled, when its caller is no longer there."""
+    try:
+        await context.write(message)
+    except grpc.aio.InternalError:  # so says gRPC until it has noticed the cancellation, and cancels us after
+        session.end(grpc.StatusCode.CANCELLED, "the caller is gone", instead=True)
+        return False
+    return True
+
+
 async def _end_call(session: CallerSession, context: _Context) -> None:
+    """Send the session's status, if it is an error and there is somebody to hear it."""
+    if session.ending is not None and session.ending.code is grpc.StatusCode.CANCELLED:
+        raise asyncio.CancelledError
     if session.ending is not None and session.ending.code is not grpc.StatusCode.OK:
         await context.abort(session.ending.code, session.ending.message)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import urllib.request
 from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -313,6 +316,59 @@ async def test_a_session_that_is_not_drained_ends_alone(engine: EngineUnderTest,
     await other.until_ended("other")
     assert other.token_ids["other", 0] == fake_output([1], LONG)
     other.call.cancel()
+
+
+async def test_clients_that_vanish_at_any_moment_leave_nothing_behind(stub: Stub) -> None:
+    draw = random.Random(7)
+
+    async def vanish(number: int) -> None:
+        session = SessionClient(stub)
+        for index in range(draw.randint(1, 5)):
+            await session.start(f"r{index}", [number + 1] * draw.randint(1, 300), max_tokens=LONG, n=draw.randint(1, 3))
+        for _ in range(draw.randint(0, 20)):
+            await session.read()
+        session.call.cancel()
+
+    await asyncio.gather(*(vanish(number) for number in range(40)))
+    await until_free(stub)
+
+
+async def test_a_full_engine_refuses_with_the_limit_by_name(tmp_path: Path) -> None:
+    flags = ("--max-num-rows", "1", "--max-num-waiting", "2")
+    with EngineUnderTest(FakeModel(step_s=0.01), tmp_path, *flags) as small:
+        async with grpc.aio.insecure_channel(small.address) as channel:
+            session = SessionClient(engine_pb2_grpc.EngineStub(channel))
+            for number in range(4):
+                await session.start(f"r{number}", [1], max_tokens=20)
+            await session.until_ended("r3")
+            error = session.last["r3", 0].error
+            assert error.code == Error.CODE_RESOURCE_EXHAUSTED
+            assert "max_num_waiting" in error.message
+            await session.until_ended("r0", "r1", "r2")
+            assert all(len(session.token_ids[f"r{number}", 0]) == 20 for number in range(3))
+            session.call.cancel()
+
+
+async def test_requests_show_in_the_metrics(engine: EngineUnderTest, stub: Stub) -> None:
+    def scrape() -> dict[str, float]:
+        with urllib.request.urlopen(engine.metrics_url, timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+    before = await asyncio.to_thread(scrape)
+    async for _ in stub.Generate(generate_request("g", [1, 2, 3], max_tokens=20)):
+        pass
+    after = await asyncio.to_thread(scrape)
+    expected = {
+        'rempart_engine_requests_total{finish_reason="length"}': 1,
+        "rempart_engine_prompt_tokens_total": 3,
+        "rempart_engine_generation_tokens_total": 20,
+        "rempart_engine_steps_total": 20,
+        "rempart_engine_time_to_first_token_seconds_count": 1,
+        "rempart_engine_e2e_seconds_count": 1,
+    }
+    assert {name: after[name] - before[name] for name in expected} == expected
+    assert after["rempart_engine_e2e_seconds_sum"] > before["rempart_engine_e2e_seconds_sum"]
 
 
 async def test_model_info_states_what_is_served(stub: Stub) -> None:
