@@ -1,16 +1,16 @@
-"""Log records as one JSON object a line, on whatever handler they go to.
-
-A record's own facts come as `extra={"fields": {...}}`; the message stays a constant that can be searched for.
-"""
+"""Logs as one JSON object a line; what is passed as `extra` becomes fields of their own, the message stays constant."""
 
 import logging
 from datetime import UTC, datetime
+from typing import TextIO
 
 import msgspec
 
+_STANDARD = frozenset(vars(logging.LogRecord("", 0, "", 0, "", None, None))) | {"message", "asctime", "taskName"}
+
 
 class JsonFormatter(logging.Formatter):
-    """time, level, logger, message, the record's fields, and a traceback when there is one."""
+    """A record as one line."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -19,9 +19,14 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        fields = getattr(record, "fields", None)
-        if isinstance(fields, dict):
-            line |= fields
+        line |= {name: value for name, value in vars(record).items() if name not in _STANDARD}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return msgspec.json.encode(line, enc_hook=str).decode()
+
+
+def set_up_logging(level: str, stream: TextIO) -> None:
+    """Sends everything at `level` or above to the stream."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

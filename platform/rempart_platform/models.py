@@ -38,6 +38,10 @@ class ModelCatalog:
             message = f"The model `{name[:100]}` does not exist or you do not have access to it."
             raise RempartError(ErrorKind.MODEL_NOT_FOUND, message, param="model") from None
 
+    def put(self, model: ServedModel) -> None:
+        """Serves the model from now on, instead of one of the same name."""
+        self._models[model.name] = model
+
     def all(self) -> list[ServedModel]:
         """In order of name."""
         return [self._models[name] for name in sorted(self._models)]

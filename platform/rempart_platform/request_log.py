@@ -13,23 +13,21 @@ def log_request(trace: RequestTrace) -> None:
     _logger.info(
         "request ended",
         extra={
-            "fields": {
-                "request_id": request.request_id,
-                "tenant": request.caller.tenant,
-                "key_id": request.caller.key_id,
-                "model": request.model,
-                "user": request.user,
-                "outcome": trace.outcome,
-                "finish_reasons": trace.finish_reasons,
-                "endpoints": trace.endpoints,
-                "num_choices": request.num_choices,
-                "prompt_tokens": usage.prompt_tokens,
-                "completion_tokens": usage.completion_tokens,
-                "cached_tokens": usage.cached_tokens,
-                "queue_s": _rounded(trace.dispatched_s, trace.started_s),
-                "ttft_s": _rounded(trace.first_delta_s, trace.started_s),
-                "e2e_s": _rounded(trace.ended_s, trace.started_s),
-            }
+            "request_id": request.request_id,
+            "tenant": request.caller.tenant,
+            "key_id": request.caller.key_id,
+            "model": request.model,
+            "user": request.user,
+            "outcome": trace.outcome,
+            "finish_reasons": trace.finish_reasons,
+            "endpoints": trace.endpoints,
+            "num_choices": request.num_choices,
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "queue_s": _rounded(trace.dispatched_s, trace.started_s),
+            "ttft_s": _rounded(trace.first_delta_s, trace.started_s),
+            "e2e_s": _rounded(trace.ended_s, trace.started_s),
         },
     )
 

@@ -381,7 +381,7 @@ async def test_the_log_line_has_counts_and_no_text(caplog: pytest.LogCaptureFixt
     async with rig(FakeEngine(token=writer("canary"))) as r:
         await r.run(request(stop=("stopcanary",), user="label"))
         (record,) = caplog.records
-        fields = record.__dict__["fields"]
+        fields = record.__dict__
         assert fields["request_id"] == "r"
         assert fields["tenant"] == "acme"
         assert fields["outcome"] == "ok"

@@ -36,9 +36,10 @@ class SessionConfig:
     connect_timeout_s: float = 5.0
     backoff_initial_s: float = 0.1
     backoff_max_s: float = 5.0
-    keepalive_interval_s: float = 4.0
+    keepalive_interval_s: float = 5.5
     keepalive_timeout_s: float = 4.0
-    """A connection that answers no ping is given up after interval + timeout."""
+    """A connection that brings nothing and answers no ping is given up after interval + timeout. Engines take offence
+    at pings more often than every 5 s."""
     max_message_bytes: int = 64 * 1024 * 1024
     """One update carries a whole step: prompt log-probabilities make it large."""
 
@@ -109,7 +110,7 @@ class EngineSession:
         """Keeps the session up until cancelled."""
         while True:
             reason = await self._serve_once()
-            _logger.warning("engine session ended", extra={"fields": {"endpoint": self.address, "reason": reason}})
+            _logger.warning("engine session ended", extra={"endpoint": self.address, "reason": reason})
             await asyncio.sleep(backoff_s(self._num_attempts, self._config, self._rng))
             self._num_attempts += 1
 

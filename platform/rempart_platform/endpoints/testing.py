@@ -136,8 +136,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 100),
-                ("grpc.http2.max_ping_strikes", 0),
+                ("grpc.http2.min_ping_interval_without_data_ms", 100),
             ]
         )
         engine_pb2_grpc.add_EngineServicer_to_server(self, server)

@@ -1,0 +1,58 @@
+"""Start a router: `python -m rempart_platform --model NAME=PATH --engines HOST:PORT`.
+
+Says on stdout, once it can serve, one JSON line:
+{"ready": true, "http": "http://127.0.0.1:8000", "grpc": "127.0.0.1:8001", "metrics": "http://127.0.0.1:8002/metrics"}.
+SIGTERM or SIGINT drains. Secrets come from the environment, see `config.py`.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+
+import uvloop
+
+from rempart_platform.config import ConfigError, RouterConfig, RouterSecrets
+from rempart_platform.log_format import set_up_logging
+from rempart_platform.router import serve
+
+_logger = logging.getLogger(__name__)
+
+
+def _announce(line: dict[str, object]) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+async def _serve_until_signal(config: RouterConfig, secrets: RouterSecrets) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await serve(config, secrets, _announce, stop)
+
+
+def main(args: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Runs a router; returns the process's exit code."""
+    config = RouterConfig.from_args(args)
+    set_up_logging(config.log_level, sys.stderr)
+    try:
+        secrets = RouterSecrets.from_environ(environ)
+    except ConfigError as error:
+        _logger.error(str(error))
+        return 2
+    exit_code = 0
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve_until_signal(config, secrets))
+    except* (OSError, RuntimeError, ValueError):
+        _logger.exception("the router cannot go on")
+        exit_code = 1
+    return exit_code
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's own log lines are no JSON
+    sys.exit(main(sys.argv[1:], os.environ))

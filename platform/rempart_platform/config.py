@@ -1,0 +1,221 @@
+"""A router's configuration: parsed once, frozen, and refused at the start when anything in it is unknown or malformed.
+
+Flags: one per field, those of nested values with the field's name before theirs (`--http-max-connections`).
+Secrets come from the environment and are in no flag:
+
+    REMPART_ADMIN_KEY      bearer token of the Admin service, at least 16 characters
+    REMPART_KEY_PEPPER     pepper of the API keys' digests, at least 16 characters; all routers of one Redis share it
+    REMPART_CACHE_SECRET   key of the prefix-cache salts, at least 16 characters; all routers of one engine share it
+    REMPART_REDIS_URL      redis://, rediss:// or unix://, with its password
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from rempart_platform.apis.grpc_limits import GrpcLimits
+from rempart_platform.apis.http_limits import HttpLimits
+from rempart_platform.endpoints.session import SessionConfig
+from rempart_platform.endpoints.static import parse_addresses
+from rempart_platform.request_limits import RequestLimits
+from rempart_platform.tenancy.quota import QuotaConfig
+
+_MIN_SECRET_CHARS = 16
+_T = TypeVar("_T")
+
+
+class ConfigError(ValueError):
+    """What is wrong, with the name of the flag or variable."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model to serve: the engines' name for it, and where its tokenizer is (a Hugging Face folder or GGUF file)."""
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """Everything about a router that is not a secret."""
+
+    models: tuple[ModelSource, ...]
+    """--model NAME=PATH, once per model."""
+    engines: tuple[str, ...]
+    """--engines HOST:PORT,HOST:PORT."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    http_port: int = 8000
+    """0 picks a free one, as for the others."""
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    drain_delay_s: float = 0.0
+    """After SIGTERM, for how long new requests are still taken while load balancers notice."""
+    drain_timeout_s: float = 30.0
+    """And how long running streams may then take."""
+    default_timeout_s: float = 600.0
+    """Deadline of a request that brings none."""
+    max_attempts: int = 2
+    """Endpoints that one request may be handed to."""
+    max_concurrent_rpcs: int = 4096
+    """gRPC calls at a time; further ones are refused."""
+    max_tenant_labels: int = 500
+    """Tenants that metrics name; further ones count as "other"."""
+    redis_timeout_s: float = 0.25
+    redis_max_connections: int = 64
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    limits: RequestLimits = RequestLimits()
+    http: HttpLimits = HttpLimits()
+    grpc: GrpcLimits = GrpcLimits()
+    session: SessionConfig = SessionConfig()
+    quota: QuotaConfig = QuotaConfig()
+
+    def __post_init__(self) -> None:
+        names = [model.name for model in self.models]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"--model {name} is given twice")
+        for port in ("http_port", "grpc_port", "metrics_port"):
+            if not 0 <= getattr(self, port) <= 0xFFFF:
+                raise ConfigError(f"--{port.replace('_', '-')} must be between 0 and 65535")
+        if self.max_attempts < 1:
+            raise ConfigError("--max-attempts must be at least 1")
+
+    @staticmethod
+    def from_args(args: Sequence[str]) -> "RouterConfig":
+        """Parses command-line flags; prints usage and exits with code 2 when one is unknown or malformed."""
+        parser = argparse.ArgumentParser(
+            prog="rempart router", description="Serve tenants over gRPC and the OpenAI API.", allow_abbrev=False
+        )
+        parser.add_argument(
+            "--model", dest="models", action="append", required=True, type=_model_source, metavar="NAME=PATH"
+        )
+        parser.add_argument("--engines", required=True, type=_addresses, metavar="HOST:PORT,...")
+        for flag in _flags(RouterConfig):
+            flag.add_to(parser)
+        given = vars(parser.parse_args(args))
+        given["models"] = tuple(given["models"])
+        try:
+            return _build(RouterConfig, given)
+        except ValueError as error:
+            parser.error(str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSecrets:
+    """What a router must not show."""
+
+    admin_key: str = field(repr=False)
+    key_pepper: bytes = field(repr=False)
+    cache_secret: bytes = field(repr=False)
+    redis_url: str = field(repr=False)
+
+    @staticmethod
+    def from_environ(environ: Mapping[str, str]) -> "RouterSecrets":
+        """Raises ConfigError naming the variable that is missing or too short."""
+        return RouterSecrets(
+            admin_key=_secret(environ, "REMPART_ADMIN_KEY"),
+            key_pepper=_secret(environ, "REMPART_KEY_PEPPER").encode(),
+            cache_secret=_secret(environ, "REMPART_CACHE_SECRET").encode(),
+            redis_url=_redis_url(environ),
+        )
+
+
+def _secret(environ: Mapping[str, str], name: str) -> str:
+    secret = environ.get(name, "")
+    if len(secret) < _MIN_SECRET_CHARS:
+        raise ConfigError(f"{name} must be set, to at least {_MIN_SECRET_CHARS} characters")
+    return secret
+
+
+def _redis_url(environ: Mapping[str, str]) -> str:
+    url = environ.get("REMPART_REDIS_URL", "")
+    if not url.startswith(("redis://", "rediss://", "unix://")):
+        raise ConfigError("REMPART_REDIS_URL must be set, to redis://, rediss:// or unix://")
+    return url
+
+
+@dataclass(frozen=True, slots=True)
+class _Flag:
+    """One flag for one field, which may be nested."""
+
+    name: str
+    kind: Any
+    default: object
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        flag, text = "--" + self.name.replace("_", "-"), f"default: {self.default}"
+        if get_origin(self.kind) is Literal:
+            parser.add_argument(flag, choices=get_args(self.kind), default=argparse.SUPPRESS, help=text)
+        else:
+            parser.add_argument(
+                flag, type=_parser(self.kind), default=argparse.SUPPRESS, help=text, metavar=self.kind.__name__
+            )
+
+
+def _flags(of: type, prefix: str = "") -> Iterator[_Flag]:
+    """A flag for every field that has a default; nested values give their fields' flags."""
+    hints = get_type_hints(of)
+    for spec in fields(of):
+        default = _default(spec)
+        if default is MISSING:
+            continue
+        if is_dataclass(hints[spec.name]):
+            yield from _flags(hints[spec.name], f"{prefix}{spec.name}_")
+        else:
+            yield _Flag(prefix + spec.name, _without_none(hints[spec.name]), default)
+
+
+def _build(of: type[_T], given: Mapping[str, object], prefix: str = "") -> _T:
+    """The value with the given fields; all others keep their defaults."""
+    hints = get_type_hints(of)
+    values: dict[str, object] = {}
+    for spec in fields(of):  # type: ignore[arg-type]  # every type given here is a dataclass
+        name = prefix + spec.name
+        if is_dataclass(hints[spec.name]):
+            values[spec.name] = _build(hints[spec.name], given, f"{name}_")
+        elif name in given:
+            values[spec.name] = given[name]
+    return of(**values)
+
+
+def _default(spec: Field[Any]) -> object:
+    return spec.default if spec.default_factory is MISSING else spec.default_factory()
+
+
+def _without_none(hint: Any) -> Any:
+    if isinstance(hint, UnionType):
+        (hint,) = (member for member in get_args(hint) if member is not NoneType)
+    return hint
+
+
+def _parser(kind: type[str] | type[int] | type[float]) -> Callable[[str], object]:
+    """Every number of ours is a count, a size or a time."""
+
+    def parse(text: str) -> object:
+        value = kind(text)
+        if not isinstance(value, str) and not 0 <= value < math.inf:
+            raise ValueError
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names the type in its message
+    return parse
+
+
+def _model_source(text: str) -> ModelSource:
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return ModelSource(name, Path(path))
+
+
+def _addresses(text: str) -> tuple[str, ...]:
+    try:
+        return parse_addresses(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

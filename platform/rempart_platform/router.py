@@ -1,0 +1,118 @@
+"""A router process: builds every room of the house, serves, and on a stop drains.
+
+signal ─► not ready ─► (drain_delay_s) ─► no new requests ─► running streams end, at most drain_timeout_s ─► closed
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from prometheus_client import CollectorRegistry
+
+from rempart_platform.apis.admin import AdminServicer
+from rempart_platform.apis.grpc import InferenceServicer
+from rempart_platform.apis.openai import build_app
+from rempart_platform.apis.services import ApiServices
+from rempart_platform.config import RouterConfig, RouterSecrets
+from rempart_platform.dispatcher import DispatchConfig, Dispatcher
+from rempart_platform.endpoints.load import EndpointState
+from rempart_platform.endpoints.pool import EnginePool
+from rempart_platform.metrics import EndpointCollector, QuotaMetrics, RouterMetrics
+from rempart_platform.model_sync import load_catalog, sync_model
+from rempart_platform.models import ModelCatalog
+from rempart_platform.readiness import Readiness
+from rempart_platform.servers import grpc_server, http_server, metrics_server
+from rempart_platform.tenancy.api_keys import AdminAuthenticator, ApiKeyStore, Authenticator, KeyHasher
+from rempart_platform.tenancy.quota import open_ledger
+from rempart_platform.tenancy.redis_client import RedisClient, RedisConfig, connect_redis
+from rempart_platform.tenancy.tenants import TenantRegistry
+from rempart_platform.tenancy.usage import UsageReader
+
+Announce = Callable[[dict[str, object]], None]
+
+
+async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce, stop: asyncio.Event) -> None:
+    """Serves until `stop` is set, then drains.
+
+    Args:
+        config: everything else.
+        secrets: keys and where Redis is.
+        announce: told once, when requests can be served: ready, http, grpc, metrics.
+        stop: ends the router.
+
+    Raises:
+        OSError, RuntimeError, ValueError: it cannot start: a port is taken, or a model's tokenizer cannot be read.
+    """
+    catalog = load_catalog(config.models, created_s=int(time.time()))
+    registry = CollectorRegistry()
+    metrics = RouterMetrics(registry, config.max_tenant_labels)
+    async with AsyncExitStack() as stack:
+        redis = await stack.enter_async_context(connect_redis(_redis_config(config, secrets)))
+        ledger = await stack.enter_async_context(open_ledger(redis, config.quota, QuotaMetrics(metrics)))
+        pool, readiness = _build_pool(config, catalog)
+        registry.register(EndpointCollector(pool.states))
+        hasher = KeyHasher(secrets.key_pepper)
+        keys = ApiKeyStore(redis, hasher)
+        dispatch = DispatchConfig(
+            secrets.cache_secret, max_attempts=config.max_attempts, default_timeout_s=config.default_timeout_s
+        )
+        services = ApiServices(
+            authenticator=Authenticator(keys, hasher),
+            catalog=catalog,
+            dispatcher=Dispatcher(ledger=ledger, pool=pool, catalog=catalog, config=dispatch, metrics=metrics),
+            limits=config.limits,
+            http=config.http,
+            is_ready=readiness.is_ready,
+        )
+        admin = _build_admin(redis, keys, secrets)
+        inference = InferenceServicer(services, config.grpc)
+        metrics_url = await stack.enter_async_context(metrics_server(registry, config))
+        await stack.enter_async_context(_running(pool.run(), readiness.run(redis)))
+        http, http_url = await stack.enter_async_context(http_server(build_app(services), config))
+        grpc_address = await stack.enter_async_context(grpc_server(inference, admin, readiness, config))
+        line = {"ready": True, "http": http_url, "grpc": grpc_address, "metrics": metrics_url}
+        async with _running(_announce_when_ready(readiness, announce, line)):
+            await stop.wait()
+        await readiness.drain()
+        await asyncio.sleep(config.drain_delay_s)
+        http.should_exit = True  # both front ends drain at the same time: gRPC when the stack unwinds, now
+
+
+async def _announce_when_ready(readiness: Readiness, announce: Announce, line: dict[str, object]) -> None:
+    await readiness.wait_until_ready()
+    announce(line)
+
+
+def _redis_config(config: RouterConfig, secrets: RouterSecrets) -> RedisConfig:
+    return RedisConfig(
+        secrets.redis_url, timeout_s=config.redis_timeout_s, max_connections=config.redis_max_connections
+    )
+
+
+def _build_pool(config: RouterConfig, catalog: ModelCatalog) -> tuple[EnginePool, Readiness]:
+    def take_change(changed: EndpointState) -> None:
+        sync_model(catalog, changed, pool.states())
+        readiness.check()
+
+    pool = EnginePool(config.engines, config.session, random.Random(), take_change)
+    readiness = Readiness(lambda: any(pool.can_serve(model.name) for model in catalog.all()))
+    return pool, readiness
+
+
+def _build_admin(redis: RedisClient, keys: ApiKeyStore, secrets: RouterSecrets) -> AdminServicer:
+    tenants = TenantRegistry(redis)
+    return AdminServicer(AdminAuthenticator(secrets.admin_key), tenants, keys, UsageReader(redis, tenants))
+
+
+@asynccontextmanager
+async def _running(*coroutines: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Runs these beside the block; leaving it cancels them, and one that fails ends the block."""
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(coroutine) for coroutine in coroutines]
+        try:
+            yield
+        finally:
+            for task in running:
+                task.cancel()
