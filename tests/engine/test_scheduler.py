@@ -540,9 +540,9 @@ def test_a_request_that_ended_in_time_does_not_expire() -> None:
     assert scheduler.expire(6.0) == []
 
 
-def test_a_failed_row_ends_its_sequence_alone_and_its_blocks_are_not_found() -> None:
+def test_a_failed_row_ends_its_sequence_alone() -> None:
     config = make_config()
-    good, bad = make_request("good", 9), make_request("bad", [9] * 9)
+    good, bad = make_request("good", 9), make_request("bad", 9)
     scheduler, runner = start(config, good, bad)
     runner.failing_rows = {1}
     events = run_step(scheduler, runner)
@@ -550,10 +550,17 @@ def test_a_failed_row_ends_its_sequence_alone_and_its_blocks_are_not_found() -> 
     assert failure.finish_reason is FinishReason.ERROR
     assert failure.error is not None
     assert (failure.error.code, failure.error.message) == (ErrorCode.INTERNAL, "not a number in the logits")
-    events += run_until_idle(scheduler, runner)
-    expect_streams(events, config, good)
-    scheduler.add(make_request("again", [9] * 9))
-    assert work(schedule(scheduler, runner))[0][1] == 0
+    expect_streams(events + run_until_idle(scheduler, runner), config, good)
+
+
+def test_what_a_sequence_computed_before_it_failed_is_not_found_by_the_next() -> None:
+    scheduler, runner = start(make_config(max_step_tokens=8), make_request("bad", [9] * 12))
+    run_step(scheduler, runner)
+    runner.failing_rows = {0}
+    [failure] = run_step(scheduler, runner)
+    assert failure.finish_reason is FinishReason.ERROR
+    scheduler.add(make_request("again", [9] * 12))
+    assert work(schedule(scheduler, runner)) == [(0, 0, 8)]
 
 
 # The doors: a step ahead, several tokens a step.
@@ -599,6 +606,43 @@ def test_what_was_computed_beyond_the_end_is_dropped() -> None:
     assert scheduler.commit(second) == []
     assert scheduler.load().num_free_blocks == config.num_blocks
     assert not scheduler.has_work
+
+
+def start_short_of_blocks(max_tokens: int) -> tuple[Scheduler, SimulatedRunner, StepResult]:
+    """Two sequences, no block left, one plan in flight; the first one lacks a block for the next."""
+    requests = make_request("first", 7, sampling=sampling(9)), make_request("last", 6, sampling=sampling(max_tokens))
+    scheduler, runner = start(make_config(num_blocks=4, enable_prefix_cache=False), *requests)
+    run_step(scheduler, runner)
+    return scheduler, runner, runner.execute(schedule(scheduler, runner))
+
+
+def test_one_in_flight_gives_way_when_its_step_is_committed() -> None:
+    scheduler, runner, result = start_short_of_blocks(max_tokens=9)
+    assert scheduler.schedule() is None
+    assert scheduler.load().num_running == 2
+    assert {event.request_id for event in scheduler.commit(result)} == {"first", "last"}
+    assert scheduler.load().num_running == 1
+    assert work(schedule(scheduler, runner)) == [(0, 8, 1)]
+    scheduler.check_integrity()
+
+
+def test_nobody_gives_way_while_blocks_of_an_ended_one_are_on_their_way_back() -> None:
+    scheduler, runner, result = start_short_of_blocks(max_tokens=9)
+    scheduler.abort(RequestId("last"))
+    assert scheduler.schedule() is None
+    scheduler.commit(result)
+    assert scheduler.load().counters.num_preemptions == 0
+    assert work(schedule(scheduler, runner)) == [(0, 8, 1)]
+
+
+def test_one_that_ends_while_it_was_to_give_way_just_ends() -> None:
+    scheduler, runner, result = start_short_of_blocks(max_tokens=2)
+    assert scheduler.schedule() is None
+    events = scheduler.commit(result)
+    assert [event.finish_reason for event in events] == [None, FinishReason.LENGTH]
+    scheduler.check_integrity()
+    assert scheduler.load().counters.num_preemptions == 0
+    assert work(schedule(scheduler, runner)) == [(0, 8, 1)]
 
 
 def test_plans_are_committed_in_order_row_for_row() -> None:

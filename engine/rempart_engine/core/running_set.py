@@ -92,8 +92,8 @@ class RunningSet:
     def _make_room(self, sequence: Sequence, count: int) -> bool:
         """Preempt, last in order first, until `count` blocks are free; False when that cannot be now."""
         while self.tables.num_free < count:
-            if self._ended_in_flight or any(other.is_preempting for other in self.sequences):
-                return False  # blocks are on their way back
+            if self._ended_in_flight:
+                return False  # their blocks are on the way back
             victim = self.sequences[-1]
             if victim.is_in_flight:
                 victim.is_preempting = True

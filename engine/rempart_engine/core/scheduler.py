@@ -123,7 +123,7 @@ class Scheduler:
         allotted, left = allot_tokens(self._running.sequences, self._config.max_step_tokens, next_waiting)
         for sequence, num_new_tokens in allotted:
             if sequence.state is not SequenceState.RUNNING or sequence.is_preempting:
-                continue  # it gave way to one before it
+                continue  # it gives way to one before it, in this plan or since an earlier one
             new_block_ids = self._running.grow(sequence, num_new_tokens)
             if new_block_ids is not None:
                 draft.plan(sequence, num_new_tokens, new_block_ids)

@@ -104,7 +104,7 @@ class Sequence:
     def num_remaining_tokens(self) -> int:
         """Tokens that could be scheduled now; none while the last token it may have is only a placeholder."""
         num_tokens = len(self.token_ids) + self.num_placeholders
-        if self.is_preempting or num_tokens >= self.max_num_tokens:
+        if num_tokens >= self.max_num_tokens:
             return 0
         return num_tokens - self.num_computed_tokens - self.num_in_flight_tokens
 
