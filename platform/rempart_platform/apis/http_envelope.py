@@ -12,8 +12,6 @@ from rempart_platform.apis.services import Authenticator, bearer_token
 from rempart_platform.errors import RempartError
 from rempart_platform.validation import mint_request_id
 
-_DISCARD_S = 2.0
-
 
 class Envelope:
     """Gives each request an id of ours in `scope["state"]` and says it in the response, with the time it took."""
@@ -36,7 +34,7 @@ class Envelope:
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 headers["openai-processing-ms"] = str(round((clock() - started) * 1000))
-                if not await body.discard(self._limits.max_body_bytes):
+                if not await body.discard(self._limits):
                     headers["connection"] = "close"
             await send(message)
 
@@ -59,14 +57,14 @@ class _Body:
             self._is_read = True
         return message
 
-    async def discard(self, max_bytes: int) -> bool:
+    async def discard(self, limits: HttpLimits) -> bool:
         """Reads what is left, if it is little and comes soon: a client still sending would not see our answer."""
         if self._is_read or self._is_waiting:
             return self._is_read
         num_bytes = 0
         try:
-            async with asyncio.timeout(_DISCARD_S):
-                while num_bytes <= max_bytes:
+            async with asyncio.timeout(limits.discard_timeout_s):
+                while num_bytes <= limits.max_body_bytes:
                     message = await self.receive()
                     if message["type"] == "http.disconnect" or not message.get("more_body", False):
                         return True

@@ -9,14 +9,11 @@ uvicorn has none of these but the idle one; its protocol class is extended here.
 
 import asyncio
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -39,6 +36,8 @@ class HttpLimits:
     min_body_bytes_per_s: int = 1024
     body_grace_s: float = 5.0
     """How far a body may lag behind the least rate."""
+    discard_timeout_s: float = 2.0
+    """How long an early answer waits for the rest of the body, which a client may be too busy sending to read it."""
     max_json_nodes: int = 200_000
     max_json_depth: int = 64
     write_timeout_s: float = 30.0
@@ -165,23 +164,3 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.transport.write(head.encode() + body)
         self.transport.close()
         self._abort_unless_written()
-
-
-def server_config(
-    app: ASGIApp, limits: HttpLimits, *, host: str = "127.0.0.1", port: int = 0, drain_timeout_s: int | None = None
-) -> uvicorn.Config:
-    """How uvicorn serves `app` under the limits. Logging is left to the process."""
-    protocol: Callable[..., asyncio.Protocol] = partial(LimitedHttpProtocol, limits=limits)
-    return uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        http=protocol,  # type: ignore[arg-type] # called like the class it makes
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=limits.idle_timeout_s,
-        timeout_graceful_shutdown=drain_timeout_s,
-    )

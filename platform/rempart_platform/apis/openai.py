@@ -49,7 +49,7 @@ class Tokens(msgspec.Struct):
 
 
 def build_app(services: ApiServices) -> ASGIApp:
-    """The ASGI application; serve it with `http_limits.server_config`."""
+    """The ASGI application; serve it with `http_server.HttpServer`."""
     app = Starlette(
         routes=build_routes(services),
         middleware=[

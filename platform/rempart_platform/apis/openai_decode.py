@@ -50,7 +50,7 @@ _REFUSED: Final[dict[str, tuple[object, ...]]] = {
 """Would change the output in a way that is not offered; null and the listed values change nothing and pass."""
 
 _MAX_HARMLESS_BYTES: Final = 64
-_PATH = re.compile(r" - at `\$\.?([^`\[.]*)[^`]*`$")
+_PATH = re.compile(r" - at (?:`key` in )?`\$\.?([^`\[.]*)[^`]*`$")
 _MISSING = re.compile(r"missing required field `(\w+)`")
 
 _Body = TypeVar("_Body", bound=msgspec.Struct)

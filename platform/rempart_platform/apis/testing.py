@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from rempart_platform.apis.http_limits import HttpLimits
+from rempart_platform.apis.http_server import HttpServer
+from rempart_platform.apis.openai import build_app
 from rempart_platform.apis.services import ApiServices
 from rempart_platform.chat.chatml import ChatML
 from rempart_platform.errors import ErrorKind, RempartError
@@ -88,7 +91,7 @@ class FakeGeneration:
 
 @dataclass(slots=True)
 class FakeDispatcher:
-    """Says `texts[choice]` (or the last of `texts`) one character per delta, as the knobs tell it.
+    """Says `texts[choice]` (or the last of `texts`) `delta_chars` characters per delta, as told.
 
     `refusal` is raised on admission, `failure` before delta number `fail_at`; before delta `pause_at` it waits for
     `resume`. `started` and `ended` tell tests where it is; `requests` keeps what was asked.
@@ -101,6 +104,7 @@ class FakeDispatcher:
     fail_at: int = 0
     pause_at: int | None = None
     num_repeats: int = 1
+    delta_chars: int = 1
     requests: list[GenerationRequest] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     resume: asyncio.Event = field(default_factory=asyncio.Event)
@@ -124,9 +128,9 @@ class FakeDispatcher:
         position = 0
         for choice in range(request.num_choices):
             text = self.texts[min(choice, len(self.texts) - 1)] * self.num_repeats
-            for character in text:
+            for start in range(0, len(text), self.delta_chars):
                 await self._obey(position)
-                yield _delta(choice, character, request)
+                yield _delta(choice, text[start : start + self.delta_chars], request)
                 self.num_delivered += 1
                 position += 1
             await self._obey(position)
@@ -134,6 +138,7 @@ class FakeDispatcher:
         yield Usage(len(request.prompt_token_ids), self.num_delivered, cached_tokens=2)
 
     async def _obey(self, position: int) -> None:
+        await asyncio.sleep(0)  # as a real one, it lets others run between its events
         if self.failure is not None and position == self.fail_at:
             raise self.failure
         if position == self.pause_at:
@@ -165,3 +170,17 @@ def fake_services(
         clock=lambda: 1_700_000_000.0,
         is_ready=lambda: is_ready,
     )
+
+
+@asynccontextmanager
+async def serve_http(services: ApiServices) -> AsyncIterator[str]:
+    """The OpenAI API of these services on a free port of 127.0.0.1; its URL."""
+    server = HttpServer(build_app(services), services.http, drain_timeout_s=1)
+    listener = socket.create_server(("127.0.0.1", 0))
+    # Not in a task group: a failing test is to stop the server, not to cancel it.
+    serving = asyncio.create_task(server.serve([listener]))
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await serving
