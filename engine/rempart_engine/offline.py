@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rempart_engine.config import EngineConfig
+from rempart_engine.core.load import Load
 from rempart_engine.core.request import FinishReason, InvalidRequestError, Request, RequestId, SamplingParams
 from rempart_engine.core.scheduler import Scheduler
 from rempart_engine.core.step import TokenEvent, TokenLogprob
@@ -72,20 +73,33 @@ class LLM:
         self._scheduler = Scheduler(scheduler_config(config, self.model))
         self._num_requests = 0
 
+    def load(self) -> Load:
+        """State of scheduler and cache, with their counters."""
+        return self._scheduler.load()
+
     def generate(
-        self, prompts_token_ids: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]
+        self,
+        prompts_token_ids: Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams],
+        emitted_token_ids: Sequence[Sequence[int]] | None = None,
     ) -> list[Generation]:
-        """Generate for all prompts together; `sampling` is one for all or one for each. Results in their order.
+        """Generate for all prompts together. Results in their order.
+
+        Args:
+            sampling: one for all prompts or one for each.
+            emitted_token_ids: for each prompt the output to go on after, as if it had been generated here.
 
         Raises:
             InvalidRequestError: a prompt or its parameters cannot be served; nothing was generated.
         """
         each = [sampling] * len(prompts_token_ids) if isinstance(sampling, SamplingParams) else list(sampling)
         results: dict[RequestId, Generation] = {}
-        for prompt, params in zip(prompts_token_ids, each, strict=True):
+        emitted_of_each = emitted_token_ids or [()] * len(prompts_token_ids)
+        for prompt, params, emitted in zip(prompts_token_ids, each, emitted_of_each, strict=True):
             self._num_requests += 1
             request_id = RequestId(str(self._num_requests))
-            refusals = self._scheduler.add(Request(request_id, tuple(prompt), params))
+            request = Request(request_id, (*prompt, *emitted), params, num_emitted_tokens=len(emitted))
+            refusals = self._scheduler.add(request)
             if refusals:
                 self._abort(results)
                 assert refusals[0].error is not None, "a refusal says why"

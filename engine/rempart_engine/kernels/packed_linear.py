@@ -20,8 +20,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("packed", torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKING_ROWS))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, in] -> [T, out]
-        if x.shape[0] == 1 and x.dtype == torch.float32:
-            # A single row takes another code path in oneDNN, which adds in another order.
+        if x.shape[0] == 1:  # a single row takes another code path in oneDNN, which adds in another order
             return self._multiply(x.expand(2, -1).contiguous())[:1]
         return self._multiply(x)
 
