@@ -69,7 +69,7 @@ class RowTable:
         row_of_token = rows[sequence]
         blocks = self._block_tables[row_of_token, positions // BLOCK_SIZE].astype(np.int64)
         most_blocks = int((starts + counts - 1).max()) // BLOCK_SIZE + 1
-        tile_rows, tile_tokens, tile_sizes = _tiles(firsts, counts)
+        tile_rows, tile_tokens, tile_sizes = cut_into_tiles(firsts, counts)
         return StepInputs(
             token_ids=torch.from_numpy(self._token_ids[row_of_token, positions]),
             positions=torch.from_numpy(positions.astype(np.int32)),
@@ -93,7 +93,7 @@ def _columns(rows: tuple[ScheduledRow, ...]) -> tuple[IntArray, IntArray, IntArr
     return table[:, 0], table[:, 1], table[:, 2]
 
 
-def _tiles(firsts: IntArray, counts: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+def cut_into_tiles(firsts: IntArray, counts: IntArray) -> tuple[IntArray, IntArray, IntArray]:
     """Cut each sequence's new tokens into tiles: sequence, first token and size of each."""
     per_sequence = -(-counts // TILE_TOKENS)
     sequence = np.repeat(np.arange(len(counts)), per_sequence)

@@ -38,9 +38,8 @@ def test_greedy_tokens_and_logprobs_are_those_of_transformers(
 ) -> None:
     # If every output token is the oracle's most likely one after all tokens before it, then the oracle generates the
     # same sequence, by induction; one forward pass over prompt and output asks for all of them at once.
-    oracle: Any = AutoModelForCausalLM.from_pretrained(
-        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
-    ).eval()
+    auto: Any = AutoModelForCausalLM
+    oracle = auto.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32).eval()
     for prompt, generation in zip(prompts, alone, strict=True):
         with torch.inference_mode():
             logits = oracle(torch.tensor([prompt + generation.token_ids])).logits[0, len(prompt) - 1 : -1]

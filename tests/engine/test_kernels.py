@@ -1,0 +1,162 @@
+"""Each compiled kernel against its reference, with hostile inputs."""
+
+import numpy as np
+import pytest
+import torch
+from rempart_engine.inputs import StepInputs, cut_into_tiles
+from rempart_engine.kernels import paged_attention as attention_op
+from rempart_engine.kernels import rms_norm as norm_op
+from rempart_engine.kernels import silu_mul as silu_op
+from rempart_engine.kernels import store_kv as store_op
+from rempart_engine.kernels.paged_attention.reference import paged_attention as reference_attention
+from rempart_engine.kernels.rms_norm.reference import add_rms_norm as reference_norm
+from rempart_engine.kernels.silu_mul.reference import silu_mul as reference_silu
+from rempart_engine.kernels.store_kv.reference import rope_and_store_kv as reference_store
+
+BLOCK = 64
+DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.bfloat16, id="bfloat16")]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+"""Relative to the largest value: rounding of the result's own type."""
+
+# (tokens of context with the new ones, new tokens) of each sequence in a step
+STEPS = [
+    pytest.param([(1, 1)], id="first token"),
+    pytest.param([(64, 1), (65, 1), (192, 1)], id="decode on block borders"),
+    pytest.param([(100, 100)], id="whole prompt"),
+    pytest.param([(130, 17), (1, 1), (64, 64), (300, 5)], id="chunks and decode together"),
+]
+
+
+def make_step(lengths: list[tuple[int, int]], num_blocks: int) -> StepInputs:
+    """A step of sequences whose blocks lie in random places of the pool."""
+    free = np.random.default_rng(5).permutation(num_blocks)
+    tables = np.zeros((len(lengths), max(-(-context // BLOCK) for context, _ in lengths)), np.int32)
+    taken = 0
+    for row, (context, _) in enumerate(lengths):
+        count = -(-context // BLOCK)
+        tables[row, :count] = free[taken : taken + count]
+        taken += count
+    positions = np.concatenate([np.arange(context - new, context) for context, new in lengths])
+    sequence = np.repeat(np.arange(len(lengths)), [new for _, new in lengths])
+    slots = tables[sequence, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK
+    counts = np.array([new for _, new in lengths])
+    tile_rows, tile_tokens, tile_sizes = cut_into_tiles(np.cumsum(counts) - counts, counts)
+    return StepInputs(
+        token_ids=torch.zeros(len(positions), dtype=torch.int64),
+        positions=torch.from_numpy(positions.astype(np.int32)),
+        slots=torch.from_numpy(slots),
+        block_tables=torch.from_numpy(tables),
+        tile_rows=torch.from_numpy(tile_rows.astype(np.int32)),
+        tile_tokens=torch.from_numpy(tile_tokens.astype(np.int32)),
+        tile_sizes=torch.from_numpy(tile_sizes.astype(np.int32)),
+        output_tokens=torch.zeros(0, dtype=torch.int64),
+    )
+
+
+def make_pools(num_blocks: int, kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    keys = torch.randn(num_blocks, kv_heads, dim, BLOCK).to(dtype)
+    return keys, torch.randn(num_blocks, kv_heads, BLOCK, dim).to(dtype)
+
+
+def assert_close(ours: torch.Tensor, expected: torch.Tensor) -> None:
+    assert ours.dtype == expected.dtype
+    scale = expected.float().abs().max().item()
+    assert (ours.float() - expected.float()).abs().max().item() <= TOLERANCE[ours.dtype] * max(scale, 1.0)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", STEPS)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 32), (8, 1, 128)])
+def test_attention_equals_its_reference(
+    dtype: torch.dtype, lengths: list[tuple[int, int]], heads: int, kv_heads: int, dim: int
+) -> None:
+    step = make_step(lengths, num_blocks=16)
+    keys, values = make_pools(16, kv_heads, dim, dtype)
+    q = torch.randn(len(step.positions), heads, dim).to(dtype)
+    ours = attention_op.paged_attention(q, keys, values, step, dim**-0.5)
+    assert_close(ours, reference_attention(q, keys, values, step, dim**-0.5))
+
+
+def test_attention_sees_nothing_beyond_a_sequence_however_hostile() -> None:
+    step = make_step([(70, 70)], num_blocks=4)
+    keys, values = make_pools(4, 1, 64, torch.float32)
+    q = torch.randn(70, 2, 64)
+    clean = attention_op.paged_attention(q, keys, values, step, 0.125)
+    used = step.block_tables[0].tolist()
+    for block in range(4):  # every slot that no token of the sequence holds
+        first_free = 0 if block not in used else (70 - BLOCK if block == used[1] else BLOCK)
+        keys[block, :, :, first_free:] = torch.nan
+        values[block, :, first_free:] = torch.nan
+    assert torch.equal(attention_op.paged_attention(q, keys, values, step, 0.125), clean)
+
+
+def test_attention_gives_the_same_bits_alone_chunked_and_in_company() -> None:
+    keys, values = make_pools(16, 3, 64, torch.float32)
+    together = make_step([(150, 150), (90, 1), (200, 33)], num_blocks=16)
+    q = torch.randn(184, 9, 64)
+    whole = attention_op.paged_attention(q, keys, values, together, 0.125)
+    for start, stop in ((0, 150), (0, 7), (60, 61), (101, 150)):
+        alone = make_step([(stop, stop - start)], num_blocks=16)
+        blocks = torch.cat([together.block_tables[:1], torch.zeros(1, 1, dtype=torch.int32)], dim=1)
+        alone = StepInputs(**{name: getattr(alone, name) for name in alone.__slots__} | {"block_tables": blocks})
+        assert torch.equal(attention_op.paged_attention(q[start:stop], keys, values, alone, 0.125), whole[start:stop])
+
+
+def test_attention_refuses_what_does_not_fit() -> None:
+    step = make_step([(3, 3)], num_blocks=1)
+    keys, values = make_pools(1, 2, 64, torch.float32)
+    with pytest.raises(ValueError, match="do not fit"):
+        attention_op.paged_attention(torch.randn(3, 2, 32), keys, values, step, 1.0)
+    with pytest.raises(ValueError, match="3 heads over 2"):
+        attention_op.paged_attention(torch.randn(3, 3, 64), keys, values, step, 1.0)
+    with pytest.raises(ValueError, match="types differ"):
+        attention_op.paged_attention(torch.randn(3, 2, 64).bfloat16(), keys, values, step, 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", STEPS)
+def test_rope_and_store_equal_their_reference(dtype: torch.dtype, lengths: list[tuple[int, int]]) -> None:
+    step = make_step(lengths, num_blocks=16)
+    qkv = torch.randn(len(step.positions), (9 + 2 * 3) * 64).to(dtype)
+    angles = torch.outer(torch.arange(400).float(), torch.rand(32))
+    ours, expected = make_pools(16, 3, 64, dtype), make_pools(16, 3, 64, dtype)
+    for mine, theirs in zip(ours, expected, strict=True):
+        theirs.copy_(mine)
+    expected_q = reference_store(qkv.clone(), angles.cos(), angles.sin(), step, *expected)
+    our_q = store_op.rope_and_store_kv(qkv, angles.cos(), angles.sin(), step, *ours)
+    for mine, theirs in zip((our_q, *ours), (expected_q, *expected), strict=True):
+        assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [576, 33, 8])
+def test_norm_equals_its_reference(dtype: torch.dtype, width: int) -> None:
+    residual, delta, weight = torch.randn(5, width), torch.randn(5, width).to(dtype), torch.rand(width)
+    other = residual.clone()
+    assert_close(norm_op.add_rms_norm(residual, delta, weight, 1e-5), reference_norm(other, delta, weight, 1e-5))
+    assert torch.equal(residual, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_equals_its_reference_up_to_extremes(dtype: torch.dtype) -> None:
+    gate_up = torch.randn(7, 2 * 96).to(dtype) * 10
+    gate_up[0, :4] = torch.tensor([1e30, -1e30, 0.0, -90.0])
+    gate_up[0, 96:100] = 1.0
+    assert_close(silu_op.silu_mul(gate_up), reference_silu(gate_up))
+
+
+def test_one_row_of_nans_stays_one_row_of_nans() -> None:
+    step = make_step([(5, 5), (6, 6)], num_blocks=4)
+    keys, values = make_pools(4, 1, 64, torch.float32)
+    q = torch.randn(11, 4, 64)
+    clean = attention_op.paged_attention(q, keys, values, step, 0.125)
+    q[3] = torch.nan
+    poisoned = attention_op.paged_attention(q, keys, values, step, 0.125)
+    assert poisoned[3].isnan().all()
+    kept = [token for token in range(11) if token != 3]
+    assert torch.equal(poisoned[kept], clean[kept])
