@@ -28,9 +28,7 @@ class ErrorKind(Enum):
     CONTEXT_LENGTH_EXCEEDED = _Answer(
         grpc.StatusCode.INVALID_ARGUMENT, 400, "invalid_request_error", "context_length_exceeded", False
     )
-    INVALID_API_KEY = _Answer(
-        grpc.StatusCode.UNAUTHENTICATED, 401, "invalid_request_error", "invalid_api_key", False
-    )
+    INVALID_API_KEY = _Answer(grpc.StatusCode.UNAUTHENTICATED, 401, "invalid_request_error", "invalid_api_key", False)
     PERMISSION_DENIED = _Answer(
         grpc.StatusCode.PERMISSION_DENIED, 403, "invalid_request_error", "permission_denied", False
     )
@@ -39,9 +37,7 @@ class ErrorKind(Enum):
     METHOD_NOT_ALLOWED = _Answer(
         grpc.StatusCode.UNIMPLEMENTED, 405, "invalid_request_error", "method_not_allowed", False
     )
-    REQUEST_TIMEOUT = _Answer(
-        grpc.StatusCode.DEADLINE_EXCEEDED, 408, "invalid_request_error", "request_timeout", False
-    )
+    REQUEST_TIMEOUT = _Answer(grpc.StatusCode.DEADLINE_EXCEEDED, 408, "invalid_request_error", "request_timeout", False)
     ALREADY_EXISTS = _Answer(grpc.StatusCode.ALREADY_EXISTS, 409, "invalid_request_error", "already_exists", False)
     REQUEST_TOO_LARGE = _Answer(
         grpc.StatusCode.INVALID_ARGUMENT, 413, "invalid_request_error", "request_too_large", False

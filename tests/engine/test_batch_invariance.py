@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from rempart_engine.offline import LLM, SamplingParams
 
 NUM_NEW_TOKENS = 48

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from rempart_engine.inputs import StepInputs, cut_into_tiles
 from rempart_engine.kernels import paged_attention as attention_op
 from rempart_engine.kernels import rms_norm as norm_op

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rempart_engine.offline import LLM, Generation, SamplingParams
 from transformers import AutoModelForCausalLM
+
+from rempart_engine.offline import LLM, Generation, SamplingParams
 
 NUM_PROMPTS = 32
 LONGEST_PROMPT = 700
