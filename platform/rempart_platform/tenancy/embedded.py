@@ -6,28 +6,19 @@ but a unix socket in a folder that only this user can enter, so it needs no port
 
 import asyncio
 import contextlib
-import os
 import platform
 import shutil
 import signal
-import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from rempart_platform.child_process import dying_with_parent
+
 _STOP_TIMEOUT_S = 5.0
-# Makes the server end with the process that started it, even by SIGKILL; then becomes the server. Done in a fresh
-# interpreter and not between fork and exec, where a process with threads may run nothing.
-_LAUNCHER = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit("the process that started this server is gone")
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 class EmbeddedRedisError(Exception):
@@ -55,6 +46,8 @@ class EmbeddedRedis:
 
     url: str
     pid: int
+    death: Callable[[], Awaitable[str]] = field(repr=False)
+    """Returns why it ended, once it has."""
 
 
 @asynccontextmanager
@@ -71,7 +64,7 @@ async def embedded_redis(config: EmbeddedRedisConfig) -> AsyncIterator[EmbeddedR
         process = await _start(binary, config, socket, log)
         try:
             await _wait_until_ready(process, socket, log, config.start_timeout_s)
-            yield EmbeddedRedis(f"unix://{socket}", process.pid)
+            yield EmbeddedRedis(f"unix://{socket}", process.pid, lambda: _death(process, log))
         finally:
             await _stop(process, keeps_data=config.data_folder is not None)
 
@@ -120,12 +113,9 @@ def _arguments(config: EmbeddedRedisConfig, socket: Path, log: Path) -> list[str
 async def _start(binary: Path, config: EmbeddedRedisConfig, socket: Path, log: Path) -> asyncio.subprocess.Process:
     if config.data_folder is not None:
         config.data_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    command = [str(binary), *_arguments(config, socket, log)]
-    if sys.platform == "linux":
-        command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
     # A session of its own: Ctrl-C in a terminal reaches this process, which stops the server when all else is done.
     return await asyncio.create_subprocess_exec(
-        *command,
+        *dying_with_parent([str(binary), *_arguments(config, socket, log)]),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,
@@ -138,7 +128,7 @@ async def _wait_until_ready(process: asyncio.subprocess.Process, socket: Path, l
         async with asyncio.timeout(timeout_s):
             while not await _answers(socket):
                 if process.returncode is not None:
-                    raise EmbeddedRedisError(f"the Redis server ended with {process.returncode}: {_end_of(log)}")
+                    raise EmbeddedRedisError(await _death(process, log))
                 await asyncio.sleep(0.01)
     except TimeoutError as error:
         raise EmbeddedRedisError(f"the Redis server is not ready after {timeout_s} s: {_end_of(log)}") from error
@@ -157,6 +147,10 @@ async def _answers(socket: Path) -> bool:
         return False
     finally:
         writer.close()
+
+
+async def _death(process: asyncio.subprocess.Process, log: Path) -> str:
+    return f"the Redis server ended with {await process.wait()}: {_end_of(log)}"
 
 
 def _end_of(log: Path) -> str:

@@ -1,0 +1,59 @@
+"""`rempart.v1.Admin` as a client sees it."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import grpc.aio
+
+from rempart_protos.v1 import admin_pb2, admin_pb2_grpc
+
+if TYPE_CHECKING:  # exists in the stubs alone
+    from rempart_protos.v1.admin_pb2_grpc import AdminAsyncStub
+
+_TIMEOUT_S = 10.0
+
+
+class AdminClient:
+    """Every call raises grpc.RpcError; `rpc_failure.describe` makes one line of it."""
+
+    def __init__(self, stub: "AdminAsyncStub", admin_key: str) -> None:
+        self._stub = stub
+        self._metadata = (("authorization", f"Bearer {admin_key}"),)
+
+    async def create_tenant(self, name: str, limits: admin_pb2.TenantLimits | None = None) -> admin_pb2.Tenant:
+        request = admin_pb2.CreateTenantRequest(name=name, limits=limits)
+        return await self._stub.CreateTenant(request, metadata=self._metadata, timeout=_TIMEOUT_S)
+
+    async def list_tenants(self) -> list[admin_pb2.Tenant]:
+        request = admin_pb2.ListTenantsRequest()
+        return list((await self._stub.ListTenants(request, metadata=self._metadata, timeout=_TIMEOUT_S)).tenants)
+
+    async def set_limits(self, tenant: str, limits: admin_pb2.TenantLimits) -> admin_pb2.Tenant:
+        """Limits that are not set stay as they are."""
+        request = admin_pb2.SetTenantLimitsRequest(tenant=tenant, limits=limits)
+        return await self._stub.SetTenantLimits(request, metadata=self._metadata, timeout=_TIMEOUT_S)
+
+    async def issue_key(self, tenant: str) -> admin_pb2.IssueKeyResponse:
+        request = admin_pb2.IssueKeyRequest(tenant=tenant)
+        return await self._stub.IssueKey(request, metadata=self._metadata, timeout=_TIMEOUT_S)
+
+    async def list_keys(self, tenant: str) -> list[admin_pb2.ApiKey]:
+        request = admin_pb2.ListKeysRequest(tenant=tenant)
+        return list((await self._stub.ListKeys(request, metadata=self._metadata, timeout=_TIMEOUT_S)).keys)
+
+    async def revoke_key(self, key_id: str) -> None:
+        request = admin_pb2.RevokeKeyRequest(key_id=key_id)
+        await self._stub.RevokeKey(request, metadata=self._metadata, timeout=_TIMEOUT_S)
+
+    async def read_usage(self, tenant: str | None = None) -> list[admin_pb2.UsageRecord]:
+        """Of one tenant, or of all."""
+        request = admin_pb2.GetUsageRequest(tenant=tenant)
+        return list((await self._stub.GetUsage(request, metadata=self._metadata, timeout=_TIMEOUT_S)).records)
+
+
+@asynccontextmanager
+async def open_admin(address: str, admin_key: str) -> AsyncIterator[AdminClient]:
+    """A client of the router at `address`; nothing is sent before the first call."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield AdminClient(admin_pb2_grpc.AdminStub(channel), admin_key)

@@ -1,0 +1,146 @@
+"""`rempart chat`: a conversation in the terminal, streamed over gRPC.
+
+On a terminal, Ctrl-C ends the answer that is coming and Ctrl-D the conversation; from a pipe, every line is a question.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TextIO
+
+import grpc
+
+from rempart_platform.rpc_failure import describe
+from rempart_protos.v1 import inference_pb2, inference_pb2_grpc, sampling_pb2
+
+_TIMEOUT_S = 10.0
+_HELP = "Ctrl-C ends an answer; /clear starts anew; /exit or Ctrl-D leaves."
+_PROMPT = "> "
+
+
+@dataclass(frozen=True, slots=True)
+class ChatSettings:
+    """What to talk to, and how."""
+
+    address: str
+    key: str = field(repr=False)
+    model: str | None = None
+    """None takes the first that the router names."""
+    temperature: float | None = None
+    max_tokens: int | None = None
+
+
+class Conversation:
+    """Messages so far, and the call that continues them."""
+
+    def __init__(self, stub: inference_pb2_grpc.InferenceStub, settings: ChatSettings, model: str) -> None:
+        self._stub = stub
+        self._metadata = _metadata(settings)
+        self._model = model
+        self._messages: list[inference_pb2.ChatMessage] = []
+        sampling = sampling_pb2.SamplingParams(temperature=settings.temperature, max_tokens=settings.max_tokens)
+        self._options = inference_pb2.GenerationOptions(sampling=sampling)
+
+    def clear(self) -> None:
+        self._messages.clear()
+
+    def ask(self, question: str, show: Callable[[str], None]) -> None:
+        """Streams the answer to `show`. KeyboardInterrupt ends it early; what was said of it stays in the conversation.
+
+        Raises:
+            grpc.RpcError: there is no answer; the conversation is as it was.
+        """
+        turn = inference_pb2.ChatMessage(role="user", content=question)
+        request = inference_pb2.ChatRequest(model=self._model, messages=[*self._messages, turn], options=self._options)
+        call = self._stub.Chat(request, metadata=self._metadata)
+        said: list[str] = []
+        try:
+            for event in call:
+                if event.delta.text:
+                    said.append(event.delta.text)
+                    show(event.delta.text)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            call.cancel()
+        self._messages += [turn, inference_pb2.ChatMessage(role="assistant", content="".join(said))]
+
+
+def chat(settings: ChatSettings, questions: TextIO, answers: TextIO, errors: TextIO) -> int:
+    """Talks until there are no more questions; the exit code, 1 when one was not answered.
+
+    Args:
+        questions: one a line.
+        answers: gets what the model says.
+        errors: gets everything else.
+    """
+    with grpc.insecure_channel(settings.address) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        try:
+            model = settings.model or _first_model(stub, settings)
+        except grpc.RpcError as error:
+            _say(errors, _line(error, settings.address))
+            return 1
+        if model is None:
+            _say(errors, f"the router at {settings.address} serves no model")
+            return 1
+        return _talk(Conversation(stub, settings, model), settings.address, questions, answers, errors)
+
+
+def _talk(conversation: Conversation, address: str, questions: TextIO, answers: TextIO, errors: TextIO) -> int:
+    exit_code = 0
+    is_terminal = questions.isatty()
+    if is_terminal:
+        _say(errors, _HELP)
+
+    def show(text: str) -> None:
+        answers.write(text)
+        answers.flush()
+
+    while (question := _next_question(questions, is_terminal)) not in (None, "/exit"):
+        if question == "/clear":
+            conversation.clear()
+        elif question:
+            try:
+                conversation.ask(question, show)
+                show("\n")
+            except grpc.RpcError as error:
+                _say(errors, _line(error, address))
+                exit_code = 1
+    return exit_code
+
+
+def _next_question(questions: TextIO, is_terminal: bool) -> str | None:
+    """None at the end; an empty one when Ctrl-C took it back."""
+    try:
+        if is_terminal:
+            return input(_PROMPT).strip()
+        line = questions.readline()
+        return line.strip() if line else None
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        if not is_terminal:
+            return None
+        sys.stdout.write("\n")
+        return ""
+
+
+def _first_model(stub: inference_pb2_grpc.InferenceStub, settings: ChatSettings) -> str | None:
+    request = inference_pb2.ListModelsRequest()
+    models = stub.ListModels(request, metadata=_metadata(settings), timeout=_TIMEOUT_S).models
+    return models[0].name if models else None
+
+
+def _metadata(settings: ChatSettings) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {settings.key.strip()}"),)
+
+
+def _line(error: grpc.RpcError, address: str) -> str:
+    assert isinstance(error, grpc.Call), "what a call raises is the call"
+    return describe(error, address)
+
+
+def _say(errors: TextIO, text: str) -> None:
+    errors.write(text + "\n")
+    errors.flush()

@@ -1,0 +1,159 @@
+"""`rempart up`: the whole platform on one machine.
+
+    embedded Redis ─► engines load, in parallel ─► router over them ─► demo tenant and key ─► told that it is ready
+                                         ... until asked to stop, or until one of them dies ...
+    router drains ─► engines drain ─► Redis ends
+
+Signals reach this process alone; it ends the others in order. Should it be killed, they die with it.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from rempart_platform.admin_client import open_admin
+from rempart_platform.child_process import ChildObserver, Children
+from rempart_platform.local_config import (
+    LocalConfig,
+    LocalSecrets,
+    engine_command,
+    require_free_ports,
+    router_command,
+)
+from rempart_platform.tenancy.embedded import EmbeddedRedis, EmbeddedRedisConfig, embedded_redis
+
+DEMO_TENANT = "demo"
+_DRAIN_S = 45.0
+"""What engines and routers grant their running streams by themselves, and some."""
+_CLEAN_UP_S = 5.0
+"""When the platform is broken, nobody waits long for its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunningPlatform:
+    """Where everything is."""
+
+    model_name: str
+    http: str
+    grpc: str
+    metrics: str
+    engines: tuple[str, ...]
+    engine_metrics: tuple[str, ...]
+    api_key: str = field(repr=False)
+    admin_key: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequests:
+    """What a person at the console wants: an end, and then an end at once."""
+
+    drain: asyncio.Event = field(default_factory=asyncio.Event)
+    at_once: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def ask(self) -> None:
+        """The first time drains; any later time does not wait for that."""
+        (self.at_once if self.drain.is_set() else self.drain).set()
+
+
+class LocalPlatform:
+    """One run.
+
+    Args:
+        config: what to start.
+        environ: the environment of its processes.
+        observer: told what they say.
+    """
+
+    def __init__(self, config: LocalConfig, environ: Mapping[str, str], observer: ChildObserver) -> None:
+        self._config = config
+        self._environ = environ
+        self._observer = observer
+
+    async def run(self, announce: Callable[[RunningPlatform], None], stop: StopRequests) -> str | None:
+        """Runs until asked to stop, and leaves nothing behind.
+
+        Args:
+            announce: told once, when requests can be served.
+            stop: ends it, also while it starts.
+
+        Returns:
+            None after an orderly end; otherwise which of its processes died, and why.
+
+        Raises:
+            LocalConfigError: a port is taken.
+            EmbeddedRedisError: Redis is not installed or does not start.
+        """
+        require_free_ports(self._config)
+        async with embedded_redis(EmbeddedRedisConfig()) as redis, asyncio.TaskGroup() as tasks:
+            engines, router = Children(tasks, self._observer), Children(tasks, self._observer)
+            serving = tasks.create_task(self._serve(redis, engines, router, announce))
+            deaths = [tasks.create_task(_first_death(children)) for children in (engines, router)]
+            deaths.append(tasks.create_task(_redis_death(redis)))
+            asked = tasks.create_task(stop.drain.wait())
+            try:
+                await asyncio.wait({asked, *deaths}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                died = [task.result() for task in deaths if task.done()]
+                for task in (serving, asked, *deaths):
+                    task.cancel()
+                await asyncio.wait({serving})  # from here on, no child is started
+                async with _hurried(stop, engines, router):
+                    for children in (router, engines):
+                        await children.stop(_CLEAN_UP_S if died else _DRAIN_S)
+        return died[0] if died else None
+
+    async def _serve(
+        self,
+        redis: EmbeddedRedis,
+        engines: Children,
+        router: Children,
+        announce: Callable[[RunningPlatform], None],
+    ) -> None:
+        config, own_secrets = self._config, LocalSecrets()
+        started = [
+            await engines.start(engine_command(config, number, self._environ))
+            for number in range(1, config.num_engines + 1)
+        ]
+        ready = [await engine.wait_until_ready() for engine in started]
+        addresses = tuple(engine.address for engine in ready)
+        command = router_command(config, addresses, redis.url, own_secrets, self._environ)
+        at = await (await router.start(command)).wait_until_ready()
+        async with open_admin(at.grpc, own_secrets.admin_key) as admin:
+            await admin.create_tenant(DEMO_TENANT)
+            issued = await admin.issue_key(DEMO_TENANT)
+        announce(
+            RunningPlatform(
+                model_name=config.model_name,
+                http=at.http,
+                grpc=at.grpc,
+                metrics=at.metrics,
+                engines=addresses,
+                engine_metrics=tuple(engine.metrics for engine in ready),
+                api_key=issued.key,
+                admin_key=own_secrets.admin_key,
+            )
+        )
+
+
+async def _first_death(children: Children) -> str:
+    return str(await children.first_death())
+
+
+async def _redis_death(redis: EmbeddedRedis) -> str:
+    return await redis.death()
+
+
+@asynccontextmanager
+async def _hurried(stop: StopRequests, *groups: Children) -> AsyncIterator[None]:
+    """Whoever does not want to wait for the block ends the children at once."""
+
+    async def hurry() -> None:
+        await stop.at_once.wait()
+        for children in groups:
+            children.kill()
+
+    async with asyncio.TaskGroup() as tasks:
+        hurrying = tasks.create_task(hurry())
+        yield
+        hurrying.cancel()

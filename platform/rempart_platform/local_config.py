@@ -1,0 +1,133 @@
+"""What `rempart up` starts: its settings, and the command lines that follow from them."""
+
+import os
+import secrets
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rempart_platform.child_process import ChildCommand
+
+HOST = "127.0.0.1"
+"""The platform of one machine speaks without TLS and listens to that machine alone."""
+_SECRET_BYTES = 32
+# The engines compute on every core, and Redis has to wait for its turn.
+_REDIS_TIMEOUT_S = "2"
+
+
+class LocalConfigError(ValueError):
+    """A setting that cannot be served; the message names the flag."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalConfig:
+    """Settings of one run.
+
+    Raises:
+        LocalConfigError: a value is out of its range, or there is no such model.
+    """
+
+    model: Path
+    model_name: str
+    num_engines: int = 1
+    http_port: int = 8000
+    """0 picks a free one, as for the others."""
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    num_threads: int | None = None
+    """Of each engine; None shares the cores among them."""
+    engine_args: tuple[str, ...] = ()
+    """Further flags for every engine."""
+    log_level: str = "warning"
+    engine_module: str = "rempart_engine"
+
+    def __post_init__(self) -> None:
+        if not self.model.exists():
+            raise LocalConfigError(f"--model: there is no {self.model}")
+        if not self.model_name or "=" in self.model_name:
+            raise LocalConfigError(f"--served-model-name {self.model_name!r} must not be empty or hold '='")
+        if self.num_engines < 1:
+            raise LocalConfigError("--engines must be at least 1")
+        named = [port for port in self.ports.values() if port]
+        if len(set(named)) < len(named):
+            raise LocalConfigError(f"{', '.join(self.ports)} must differ")
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """By flag."""
+        return {
+            "--http-port": self.http_port,
+            "--grpc-port": self.grpc_port,
+            "--metrics-port": self.metrics_port,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSecrets:
+    """Drawn anew for every run, and kept nowhere."""
+
+    admin_key: str = field(default_factory=lambda: secrets.token_hex(_SECRET_BYTES), repr=False)
+    key_pepper: str = field(default_factory=lambda: secrets.token_hex(_SECRET_BYTES), repr=False)
+    cache_secret: str = field(default_factory=lambda: secrets.token_hex(_SECRET_BYTES), repr=False)
+
+
+def served_name(model: Path) -> str:
+    """The name to serve a model under when none is given: that of its folder, or of its file without the ending."""
+    return model.stem if model.is_file() else model.resolve().name
+
+
+def require_free_ports(config: LocalConfig) -> None:
+    """Raises LocalConfigError, before anything is started, when a port is taken."""
+    for flag, port in config.ports.items():
+        try:
+            socket.create_server((HOST, port)).close()
+        except (OSError, OverflowError) as error:
+            raise LocalConfigError(
+                f"{flag} {port}: cannot listen there ({error}); name another port, or 0 for a free one"
+            ) from error
+
+
+def engine_command(config: LocalConfig, number: int, environ: Mapping[str, str]) -> ChildCommand:
+    """The engine of that number, from 1."""
+    num_threads = config.num_threads or threads_per_engine(len(os.sched_getaffinity(0)), config.num_engines)
+    args = {
+        "--model": str(config.model),
+        "--served-model-name": config.model_name,
+        "--host": HOST,
+        "--port": "0",
+        "--metrics-port": "0",
+        "--num-threads": str(num_threads),
+        "--log-level": config.log_level,
+    }
+    return ChildCommand(f"engine {number}", config.engine_module, (*_flat(args), *config.engine_args), environ)
+
+
+def router_command(
+    config: LocalConfig, engines: Sequence[str], redis_url: str, own_secrets: LocalSecrets, environ: Mapping[str, str]
+) -> ChildCommand:
+    """The router over the engines at these addresses."""
+    args = {
+        "--model": f"{config.model_name}={config.model}",
+        "--engines": ",".join(engines),
+        "--host": HOST,
+        **{flag: str(port) for flag, port in config.ports.items()},
+        "--redis-timeout-s": _REDIS_TIMEOUT_S,
+        "--log-level": config.log_level,
+    }
+    own_environ = {
+        "REMPART_ADMIN_KEY": own_secrets.admin_key,
+        "REMPART_KEY_PEPPER": own_secrets.key_pepper,
+        "REMPART_CACHE_SECRET": own_secrets.cache_secret,
+        "REMPART_REDIS_URL": redis_url,
+    }
+    return ChildCommand("router", "rempart_platform", _flat(args), {**environ, **own_environ})
+
+
+def threads_per_engine(num_cores: int, num_engines: int) -> int:
+    """An equal share for each, and at least one."""
+    return max(1, num_cores // num_engines)
+
+
+def _flat(args: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(part for pair in args.items() for part in pair)
