@@ -33,8 +33,9 @@ class EngineConfig:
 
     model: Path = field(metadata=_help("GGUF file or folder of safetensors to serve"))
     served_model_name: str | None = field(default=None, metadata=_help("name to serve the model under"))
-    dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata=_help("numeric type of weights and activations")
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = field(
+        default="auto",
+        metadata=_help("numbers to compute in; int8: weights and activations of linear layers"),
     )
     device: Literal["cpu"] = field(default="cpu", metadata=_help("where to compute"))
     runner: str = field(

@@ -18,6 +18,7 @@ from rempart_engine.logprobs import prompt_logprobs
 from rempart_engine.model.errors import ModelError
 from rempart_engine.model.llama import Llama, kv_shape
 from rempart_engine.model.loading import load_llama
+from rempart_engine.model.precision import precision_named
 from rempart_engine.model.weights.source import open_weights
 from rempart_engine.sampler import Sampled, sample
 from rempart_engine.sampling_rows import SamplingRows
@@ -104,10 +105,10 @@ def load_runner(config: EngineConfig, on_progress: Callable[[float], None]) -> L
     """
     torch.set_num_threads(config.num_threads)
     source = open_weights(config.model)
-    dtype = _dtype(config.dtype)
+    precision = precision_named(config.dtype)
     max_model_len = min(config.max_model_len or source.config.max_model_len, source.config.max_model_len)
-    model = load_llama(source, dtype, max_model_len, on_progress)
-    shape = kv_shape(source.config, dtype)
+    model = load_llama(source, precision, max_model_len, on_progress)
+    shape = kv_shape(source.config, precision.dtype)
     num_blocks = config.num_blocks or config.kv_cache_bytes // shape.block_bytes
     if num_blocks < 1:
         raise ModelError(f"kv_cache_bytes={config.kv_cache_bytes} holds no KV block of {shape.block_bytes} bytes")
@@ -127,19 +128,8 @@ def load_runner(config: EngineConfig, on_progress: Callable[[float], None]) -> L
         max_model_len=max_model_len,
         eos_token_ids=source.config.eos_token_ids,
         num_blocks=num_blocks,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=precision.name,
     )
-
-
-def _dtype(name: str) -> torch.dtype:
-    match name:
-        case "auto":
-            fast: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            return torch.bfloat16 if fast else torch.float32
-        case "bfloat16":
-            return torch.bfloat16
-        case _:
-            return torch.float32
 
 
 def _name_of(model: Path) -> str:

@@ -10,7 +10,7 @@ from rempart_engine.offline import LLM, SamplingParams
 NUM_NEW_TOKENS = 48
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8"])
 def llm(request: pytest.FixtureRequest, smollm2: Path) -> LLM:
     return LLM(smollm2, dtype=request.param, max_step_tokens=256, enable_prefix_cache=False)
 

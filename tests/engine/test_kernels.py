@@ -6,10 +6,15 @@ import torch
 
 from rempart_engine.inputs import StepInputs, cut_into_tiles
 from rempart_engine.kernels import paged_attention as attention_op
+from rempart_engine.kernels import quantize_rows as quantize_op
 from rempart_engine.kernels import rms_norm as norm_op
 from rempart_engine.kernels import silu_mul as silu_op
 from rempart_engine.kernels import store_kv as store_op
+from rempart_engine.kernels.int8_linear import Int8Linear
+from rempart_engine.kernels.packed_linear import PackedLinear
 from rempart_engine.kernels.paged_attention.reference import paged_attention as reference_attention
+from rempart_engine.kernels.quantize_rows.reference import ZERO_POINT
+from rempart_engine.kernels.quantize_rows.reference import quantize_rows as reference_quantize
 from rempart_engine.kernels.rms_norm.reference import add_rms_norm as reference_norm
 from rempart_engine.kernels.silu_mul.reference import silu_mul as reference_silu
 from rempart_engine.kernels.store_kv.reference import rope_and_store_kv as reference_store
@@ -161,3 +166,38 @@ def test_one_row_of_nans_stays_one_row_of_nans() -> None:
     assert poisoned[3].isnan().all()
     kept = [token for token in range(11) if token != 3]
     assert torch.equal(poisoned[kept], clean[kept])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantized_rows_equal_their_reference(dtype: torch.dtype) -> None:
+    x = torch.randn(6, 99).to(dtype)
+    x[1] = 0.0
+    x[2, 98] = torch.nan
+    x[3, 5] = torch.inf
+    q, scales = quantize_op.quantize_rows(x)
+    expected_q, expected_scales = reference_quantize(x)
+    assert torch.equal(scales.isnan(), torch.tensor([False, False, True, True, False, False]))
+    finite = ~expected_scales.isnan()
+    assert torch.equal(scales[finite], expected_scales[finite])
+    assert (q[finite].int() - expected_q[finite].int()).abs().max() <= 1  # a tie may round either way
+    assert (q[1] == ZERO_POINT).all()
+
+
+@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 40)])
+def test_int8_linear_is_near_and_the_same_in_any_company(bias: torch.Tensor | None) -> None:
+    weight, x = torch.randn(40, 96) * 0.05, torch.randn(9, 96).bfloat16()
+    layer = Int8Linear(weight, bias)
+    exact = torch.nn.functional.linear(x.float(), weight, bias)
+    assert (layer(x).float() - exact).norm() / exact.norm() < 0.02
+    for count in (1, 2, 5):
+        assert torch.equal(layer(x[:count]), layer(x)[:count])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (64, 1536), (320, 576)])
+def test_packed_linear_gives_the_same_bits_in_any_company(dtype: torch.dtype, outputs: int, inputs: int) -> None:
+    layer = PackedLinear((torch.randn(outputs, inputs) * 0.05).to(dtype))
+    x = torch.randn(257, inputs).to(dtype)
+    whole = layer(x)
+    for start, stop in ((0, 1), (5, 6), (100, 102), (3, 20), (0, 64), (64, 129), (1, 257)):
+        assert torch.equal(layer(x[start:stop].contiguous()), whole[start:stop])

@@ -38,4 +38,4 @@ class LoadedModel:
     num_blocks: int
     """KV blocks that the runner's storage holds; block ids are 0 .. num_blocks - 1."""
     dtype: str
-    """Of weights and activations, for people: "float32", "bfloat16"."""
+    """What it computes in, for people: "float32", "bfloat16", "int8"."""

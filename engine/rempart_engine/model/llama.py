@@ -1,12 +1,11 @@
 """The Llama family: grouped-query attention over a paged cache, gated feed-forward, pre-norm."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
 from rempart_engine.inputs import StepInputs
-from rempart_engine.kernels.packed_linear import PackedLinear
 from rempart_engine.kernels.paged_attention import paged_attention
 from rempart_engine.kernels.rms_norm import add_rms_norm
 from rempart_engine.kernels.silu_mul import silu_mul
@@ -16,6 +15,8 @@ from rempart_engine.model.config import LlamaConfig
 from rempart_engine.model.rope import cos_sin_tables
 
 Tensors = Mapping[str, torch.Tensor]
+MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], nn.Module]
+"""From weight [out, in] and bias [out] to the layer that applies them."""
 
 
 class LlamaLayer(nn.Module):
@@ -24,17 +25,17 @@ class LlamaLayer(nn.Module):
     attention_norm: torch.Tensor
     mlp_norm: torch.Tensor
 
-    def __init__(self, config: LlamaConfig, tensors: Tensors) -> None:
+    def __init__(self, config: LlamaConfig, tensors: Tensors, make_linear: MakeLinear) -> None:
         """Tensors are named as in the checkpoint, below `layers.{i}.`."""
         super().__init__()
         self._eps = config.rms_norm_eps
         self._scale = config.head_dim**-0.5
         self.register_buffer("attention_norm", tensors["input_layernorm.weight"].float())
         self.register_buffer("mlp_norm", tensors["post_attention_layernorm.weight"].float())
-        self.qkv = _fused(tensors, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
-        self.o = _fused(tensors, ("self_attn.o_proj",))
-        self.gate_up = _fused(tensors, ("mlp.gate_proj", "mlp.up_proj"))
-        self.down = _fused(tensors, ("mlp.down_proj",))
+        self.qkv = _fused(tensors, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), make_linear)
+        self.o = _fused(tensors, ("self_attn.o_proj",), make_linear)
+        self.gate_up = _fused(tensors, ("mlp.gate_proj", "mlp.up_proj"), make_linear)
+        self.down = _fused(tensors, ("mlp.down_proj",), make_linear)
 
     def forward(
         self,
@@ -60,14 +61,21 @@ class Llama(nn.Module):
     cos: torch.Tensor
     sin: torch.Tensor
 
-    def __init__(self, config: LlamaConfig, layers: list[LlamaLayer], tensors: Tensors, max_model_len: int) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        layers: list[LlamaLayer],
+        tensors: Tensors,
+        make_linear: MakeLinear,
+        max_model_len: int,
+    ) -> None:
         """Tensors: `embed_tokens.weight`, `norm.weight`, and `lm_head.weight` unless it is tied to the embedding."""
         super().__init__()
         self._eps = config.rms_norm_eps
         self.layers = nn.ModuleList(layers)
         self.register_buffer("embedding", tensors["embed_tokens.weight"])
         self.register_buffer("norm", tensors["norm.weight"].float())
-        self.head = PackedLinear(tensors.get("lm_head.weight", tensors["embed_tokens.weight"]))
+        self.head = make_linear(tensors.get("lm_head.weight", tensors["embed_tokens.weight"]), None)
         cos, sin = cos_sin_tables(config, max_model_len)
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
@@ -87,8 +95,8 @@ def kv_shape(config: LlamaConfig, dtype: torch.dtype) -> KVShape:
     return KVShape(config.num_layers, config.num_kv_heads, config.head_dim, dtype)
 
 
-def _fused(tensors: Tensors, names: tuple[str, ...]) -> PackedLinear:
+def _fused(tensors: Tensors, names: tuple[str, ...], make_linear: MakeLinear) -> nn.Module:
     """Projections of the same input, stacked into one."""
     biases = [tensors[f"{name}.bias"] for name in names if f"{name}.bias" in tensors]
     weight = torch.cat([tensors[f"{name}.weight"] for name in names])
-    return PackedLinear(weight, torch.cat(biases) if biases else None)
+    return make_linear(weight, torch.cat(biases) if biases else None)

@@ -6,12 +6,13 @@ from collections.abc import Callable
 import torch
 
 from rempart_engine.model.llama import Llama, LlamaLayer
+from rempart_engine.model.precision import Precision
 from rempart_engine.model.weights.names import expected_shapes
 from rempart_engine.model.weights.source import WeightsSource
 
 
 def load_llama(
-    source: WeightsSource, dtype: torch.dtype, max_model_len: int, on_progress: Callable[[float], None]
+    source: WeightsSource, precision: Precision, max_model_len: int, on_progress: Callable[[float], None]
 ) -> Llama:
     """Read and pack all weights.
 
@@ -26,14 +27,16 @@ def load_llama(
     layers: dict[int, LlamaLayer] = {}
     waiting: defaultdict[int, dict[str, torch.Tensor]] = defaultdict(dict)
     outside: dict[str, torch.Tensor] = {}
-    for count, (name, tensor) in enumerate(source.tensors(dtype), 1):
+    for count, (name, tensor) in enumerate(source.tensors(precision.dtype), 1):
         if name.startswith("layers."):
             _, number, below = name.split(".", 2)
             index = int(number)
             waiting[index][below] = tensor
             if len(waiting[index]) == names_per_layer:
-                layers[index] = LlamaLayer(config, waiting.pop(index))
+                layers[index] = LlamaLayer(config, waiting.pop(index), precision.make_linear)
         else:
             outside[name] = tensor
         on_progress(count / source.num_tensors)
-    return Llama(config, [layers[index] for index in range(config.num_layers)], outside, max_model_len)
+    return Llama(
+        config, [layers[index] for index in range(config.num_layers)], outside, precision.make_linear, max_model_len
+    )
