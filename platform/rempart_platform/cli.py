@@ -64,6 +64,7 @@ def up(  # noqa: PLR0913 - a flag is a parameter
     max_step_tokens: Annotated[int | None, _engine_option("Most tokens computed in one step.")] = None,
     num_blocks: Annotated[int | None, _engine_option("KV blocks in the pool.")] = None,
     kv_cache_bytes: Annotated[int | None, _engine_option("Memory for KV blocks.")] = None,
+    engine_module: Annotated[str, typer.Option(hidden=True)] = "rempart_engine",
 ) -> None:
     """Start everything on this machine: Redis, engines, a router, a demo tenant."""
     from rempart_platform.demo_model import DEMO_MODEL_NAME, DemoModelMissingError, find_demo_model
@@ -91,6 +92,7 @@ def up(  # noqa: PLR0913 - a flag is a parameter
             num_threads=num_threads,
             engine_args=tuple(part for pair in given.items() for part in pair),
             log_level=log_level,
+            engine_module=engine_module,
         )
     except (DemoModelMissingError, LocalConfigError) as error:
         typer.echo(f"rempart up: {error}", err=True)

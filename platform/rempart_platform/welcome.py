@@ -52,7 +52,7 @@ def welcome(platform: RunningPlatform, program: str) -> str:
             "",
             python_lines(platform),
             "",
-            "in this terminal:",
+            "in a terminal:",
             "",
             f"REMPART_ADDRESS={platform.grpc} REMPART_API_KEY={platform.api_key} {program} chat",
             "",

@@ -1,0 +1,226 @@
+"""`rempart up` as a process, over fake engines: how it starts, how it ends, and what it leaves behind."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from rich.console import Console
+
+from rempart_platform.child_process import ChildDeath
+from rempart_platform.local_config import LocalConfig, LocalConfigError, engine_command, served_name, threads_per_engine
+from rempart_platform.local_testing import FAKE_ENGINE, PlatformUnderTest, run_cli, write_byte_model
+from rempart_platform.startup_view import StartupView
+
+Up = Callable[..., PlatformUnderTest]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_byte_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def up(model_folder: Path, tmp_path: Path) -> Up:
+    """Starts `rempart up` with a temp folder of its own."""
+    (tmp_path / "tmp").mkdir()
+
+    def start(*args: str, engine_module: str = FAKE_ENGINE) -> PlatformUnderTest:
+        environ = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(tmp_path)}
+        return PlatformUnderTest(
+            *("--model", str(model_folder), "--served-model-name", "smol", "--engine-module", engine_module, *args),
+            environ=environ,
+            log_path=tmp_path / "up.log",
+        )
+
+    return start
+
+
+def assert_nothing_is_left(processes: list[psutil.Process], tmp_path: Path) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert alive == []
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_it_serves_and_a_signal_ends_it_in_order(up: Up, tmp_path: Path, number: signal.Signals) -> None:
+    with up("--engines", "2") as platform:
+        said = platform.wait_until_ready()
+        assert said.keys() == {"http", "grpc", "metrics", "engines", "api_key", "admin_key"}
+        assert len(platform.engines) == 2
+        body = {"model": "smol", "prompt": "hello", "max_tokens": 5}
+        headers = {"authorization": f"Bearer {platform.api_key}"}
+        answer = httpx.post(f"{platform.http}/v1/completions", json=body, headers=headers)
+        assert answer.json()["choices"][0]["text"] == "round"
+        processes = platform.processes()
+        assert platform.stop(number) == 0
+        assert platform.process.stdout is not None
+        assert platform.process.stdout.read() == "", "one line is all there is on stdout"
+    assert_nothing_is_left(processes, tmp_path)
+    assert "Draining" in platform.log_path.read_text()
+
+
+def test_a_signal_while_it_starts_ends_it_too(up: Up, tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    (tmp_path / "slow_engine.py").write_text(
+        f"import pathlib, signal; pathlib.Path({str(started)!r}).touch(); signal.pause()"
+    )
+    with up(engine_module="slow_engine") as platform:
+        wait_for(started.exists)
+        processes = platform.processes()
+        assert platform.stop() == 0
+    assert_nothing_is_left(processes, tmp_path)
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Looks until it holds."""
+    ticker = threading.Event()
+    for _ in range(round(timeout_s / 0.02)):
+        if condition():
+            return
+        ticker.wait(0.02)
+    raise TimeoutError
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [((FAKE_ENGINE, "--served-model-name"), "engine 1"), (("-m rempart_platform ",), "router")],
+)
+def test_a_child_that_dies_ends_everything_and_is_named(
+    up: Up, tmp_path: Path, words: tuple[str, ...], name: str
+) -> None:
+    with up() as platform:
+        platform.wait_until_ready()
+        processes = platform.processes()
+        (victim,) = [each for each in processes[1:] if all(word in " ".join(each.cmdline()) for word in words)]
+        victim.kill()
+        assert platform.process.wait(30) == 1
+    assert_nothing_is_left(processes, tmp_path)
+    assert f"{name} was killed by signal 9" in platform.log_path.read_text()
+
+
+def test_a_redis_that_dies_ends_everything_and_is_named(up: Up, tmp_path: Path) -> None:
+    with up() as platform:
+        platform.wait_until_ready()
+        processes = platform.processes()
+        platform.process_of("unixsocket:").kill()
+        assert platform.process.wait(30) == 1
+    assert_nothing_is_left(processes, tmp_path)
+    assert "the Redis server ended with -9" in platform.log_path.read_text()
+
+
+def test_an_engine_that_cannot_start_is_reported_with_the_end_of_its_log(up: Up, tmp_path: Path) -> None:
+    (tmp_path / "broken_engine.py").write_text("import sys; sys.exit('no such weights')")
+    with up(engine_module="broken_engine") as platform:
+        assert platform.process.wait(30) == 1
+        log = platform.log_path.read_text()
+    assert "engine 1 ended with code 1" in log
+    assert "no such weights" in log.partition("engine 1 ended")[2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the death signal of a parent is a Linux feature")
+def test_all_processes_die_with_it_even_when_it_is_killed(up: Up) -> None:
+    with up("--engines", "2") as platform:
+        platform.wait_until_ready()
+        processes = platform.processes()
+        assert len(processes) == 5, "itself, Redis, two engines, a router"
+        platform.process.kill()
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert alive == []
+
+
+def test_a_second_signal_ends_an_answer_that_is_running(up: Up, tmp_path: Path) -> None:
+    with up() as platform:
+        platform.wait_until_ready()
+        processes = platform.processes()
+        body = {"model": "smol", "prompt": "hello", "max_tokens": 2000, "stream": True}
+        headers = {"authorization": f"Bearer {platform.api_key}"}
+        with httpx.stream("POST", f"{platform.http}/v1/completions", json=body, headers=headers) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            platform.process.send_signal(signal.SIGINT)
+            wait_for(lambda: "Draining" in platform.log_path.read_text())
+            assert platform.stop(timeout_s=10) == 130
+    assert_nothing_is_left(processes, tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--http-port", "--grpc-port", "--metrics-port"])
+def test_a_port_that_is_taken_is_named_before_anything_starts(model_folder: Path, flag: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        flags = {"--http-port": "0", "--grpc-port": "0", "--metrics-port": "0", flag: port}
+        args = [part for pair in flags.items() for part in pair]
+        ended = run_cli("up", "--model", str(model_folder), *args, environ=os.environ)
+    assert ended.returncode == 2
+    assert f"{flag} {port}" in ended.stderr
+    assert ended.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": Path("/no/such/model")}, "--model"),
+        ({"model_name": "a=b"}, "--served-model-name"),
+        ({"num_engines": 0}, "--engines"),
+        ({"http_port": 8001}, "--http-port"),
+    ],
+)
+def test_a_setting_that_cannot_be_served_is_named(model_folder: Path, changes: dict[str, object], message: str) -> None:
+    settings = {"model": model_folder, "model_name": "smol", **changes}
+    with pytest.raises(LocalConfigError, match=message):
+        LocalConfig(**settings)  # type: ignore[arg-type]  # the cases name its fields
+
+
+def test_ports_picked_freely_need_not_differ(model_folder: Path) -> None:
+    config = LocalConfig(model_folder, "smol", http_port=0, grpc_port=0, metrics_port=0)
+    assert set(config.ports.values()) == {0}
+
+
+@pytest.mark.parametrize(("num_cores", "num_engines", "share"), [(2, 1, 2), (8, 3, 2), (2, 4, 1)])
+def test_engines_share_the_cores(num_cores: int, num_engines: int, share: int) -> None:
+    assert threads_per_engine(num_cores, num_engines) == share
+
+
+def test_engine_flags_are_passed_on(model_folder: Path) -> None:
+    config = LocalConfig(model_folder, "smol", num_threads=3, engine_args=("--dtype", "float32"))
+    command = engine_command(config, 2, {})
+    assert command.name == "engine 2"
+    assert command.args[-2:] == ("--dtype", "float32")
+    assert command.args[command.args.index("--num-threads") + 1] == "3"
+
+
+def test_a_model_is_named_after_its_file_or_folder(tmp_path: Path) -> None:
+    (tmp_path / "Some-Model.Q8_0.gguf").touch()
+    (tmp_path / "model-1.5").mkdir()
+    assert served_name(tmp_path / "Some-Model.Q8_0.gguf") == "Some-Model.Q8_0"
+    assert served_name(tmp_path / "model-1.5") == "model-1.5"
+
+
+def test_a_death_tells_signal_or_code_and_the_end_of_the_log() -> None:
+    assert (
+        str(ChildDeath("router", -9, ("a", "b"))) == "router was killed by signal 9; the last lines of its log:\na\nb"
+    )
+    assert str(ChildDeath("router", 2, ())).startswith("router ended with code 2")
+
+
+def test_the_view_shows_bars_on_a_terminal_and_logs_everywhere(tmp_path: Path) -> None:
+    for is_terminal in (True, False):
+        path = tmp_path / f"{is_terminal}.txt"
+        with path.open("w") as file:
+            view = StartupView(Console(file=file, force_terminal=is_terminal, width=100))
+            with view:
+                view.expect("engine 1")
+                view.loading("engine 1", 0.25)
+                view.log("engine 1", "[red]not markup[/red]")
+                view.ready("engine 1")
+                view.ready("router")
+        shown = path.read_text()
+        assert "engine 1 | " in shown
+        assert "[red]not markup[/red]" in shown
+        assert ("engine 1: starting" in shown) == is_terminal
