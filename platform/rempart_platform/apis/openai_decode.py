@@ -4,6 +4,7 @@ A field is understood (openai_schema.py), harmless, or refused; nothing that wou
 """
 
 import re
+from functools import cache
 from typing import Final, TypeVar
 
 import msgspec
@@ -57,11 +58,17 @@ _Body = TypeVar("_Body", bound=msgspec.Struct)
 _fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
+@cache
+def _field_names(kind: type[msgspec.Struct]) -> frozenset[str]:
+    """Reflection is too slow for every request."""
+    return frozenset(field.name for field in msgspec.structs.fields(kind))
+
+
 def decode_body(data: bytes, kind: type[_Body], limits: HttpLimits) -> _Body:
     """Raises RempartError INVALID_REQUEST that names the field at fault."""
     check_json_shape(data, max_nodes=limits.max_json_nodes, max_depth=limits.max_json_depth)
     try:
-        known = {field.name for field in msgspec.structs.fields(kind)}
+        known = _field_names(kind)
         for name, value in _fields_decoder.decode(data).items():
             if name not in known:
                 _check_unknown(name, bytes(value))
