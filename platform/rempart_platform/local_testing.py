@@ -119,7 +119,8 @@ class PlatformUnderTest:
 
     def redis_socket(self) -> Path:
         """The socket of the embedded Redis, which names it in its title."""
-        return Path(self.process_of("unixsocket:").cmdline()[-1].partition("unixsocket:")[2])
+        title = " ".join(self.process_of("unixsocket:").cmdline())
+        return Path(title.partition("unixsocket:")[2].strip())
 
     def engine_metrics(self) -> Samples:
         """Of the only engine, whose port is found by looking."""

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 from rempart_platform.local import RunningPlatform
 
-_QUESTION = "What is the capital of France?"
+QUESTION = "What is the capital of France? Answer in one sentence."
+"""A small model wavers between two answers to the bare question, and rounding decides."""
 _MAX_TOKENS = 32
 
 
@@ -93,7 +94,7 @@ def python_lines(platform: RunningPlatform) -> str:
         (
             "from openai import OpenAI",
             f'client = OpenAI(base_url="{platform.http}/v1", api_key="{platform.api_key}")',
-            f'question = {{"role": "user", "content": "{_QUESTION}"}}',
+            f'question = {{"role": "user", "content": "{QUESTION}"}}',
             f"answer = client.chat.completions.create(model={platform.model_name!r}, messages=[question], "
             f"temperature=0, max_tokens={_MAX_TOKENS})",
             "print(answer.choices[0].message.content)",
@@ -102,7 +103,7 @@ def python_lines(platform: RunningPlatform) -> str:
 
 
 def _messages() -> list[dict[str, str]]:
-    return [{"role": "user", "content": _QUESTION}]
+    return [{"role": "user", "content": QUESTION}]
 
 
 def _quoted(body: Mapping[str, object]) -> str:

@@ -18,7 +18,7 @@ from openai import OpenAI
 from rempart_platform.demo_model import DemoModelMissingError, find_demo_model
 from rempart_platform.local import RunningPlatform
 from rempart_platform.local_testing import FAKE_ENGINE, FAKE_OUTPUT, PlatformUnderTest, run_cli, write_byte_model
-from rempart_platform.welcome import curl_line, grpcurl_line, python_lines, ready_line, welcome
+from rempart_platform.welcome import QUESTION, curl_line, grpcurl_line, python_lines, ready_line, welcome
 
 NO_ROUTER = "127.0.0.1:1"
 
@@ -212,7 +212,7 @@ def test_lines_to_paste_survive_the_shell_and_python() -> None:
         words = shlex.split(line)
         body = json.loads(words[words.index("-d") + 1])
         assert body["model"] == RUNNING.model_name
-        assert body["messages"] == [{"role": "user", "content": "What is the capital of France?"}]
+        assert body["messages"] == [{"role": "user", "content": QUESTION}]
     ast.parse(python_lines(RUNNING))
 
 
