@@ -164,6 +164,7 @@ async def test_two_hundred_clients_that_leave_leave_nothing(platform: PlatformUn
     num_generated = engine.total("rempart_engine_generation_tokens_total") - generated_before
     assert usage["completion_tokens"] == num_delivered, "charged is what was delivered"
     assert 0 < num_seen <= num_delivered <= num_generated
+    assert num_delivered - num_seen <= NUM_CLIENTS, "what was on its way when a client left, and not what was generated"
     assert usage["prompt_tokens"] == router.total("rempart_router_prompt_tokens_total", tenant=TENANT)
     left_early = router.total("rempart_router_requests_total", tenant=TENANT, outcome="client_closed_request")
     assert left_early > NUM_CLIENTS / 2, "otherwise this shows nothing"
