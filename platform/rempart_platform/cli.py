@@ -32,6 +32,7 @@ class Dtype(StrEnum):
     AUTO = "auto"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+    INT8 = "int8"
 
 
 class LogLevel(StrEnum):
@@ -58,7 +59,9 @@ def up(  # noqa: PLR0913 - a flag is a parameter
     as_json: Annotated[bool, typer.Option("--json", help="When ready, print one line of JSON.")] = False,
     log_level: Annotated[LogLevel, typer.Option(help="Least level of the processes' logs.")] = LogLevel.WARNING,
     num_threads: Annotated[int | None, _engine_option("Threads; an equal share of the cores when not given.")] = None,
-    dtype: Annotated[Dtype | None, _engine_option("Numeric type of weights and activations.")] = None,
+    dtype: Annotated[
+        Dtype | None, _engine_option("Numbers to compute in; float32 for SmolLM2-135M-Instruct, else auto.")
+    ] = None,
     max_model_len: Annotated[int | None, _engine_option("Most tokens of prompt and output together.")] = None,
     max_num_rows: Annotated[int | None, _engine_option("Most sequences that run at once.")] = None,
     max_step_tokens: Annotated[int | None, _engine_option("Most tokens computed in one step.")] = None,
@@ -71,6 +74,8 @@ def up(  # noqa: PLR0913 - a flag is a parameter
     from rempart_platform.local_config import LocalConfig, LocalConfigError, served_name
     from rempart_platform.up import up as run_up
 
+    if model is None and dtype is None:
+        dtype = Dtype.FLOAT32  # the smaller a model, the more often rounding decides between its words
     options = {
         "--dtype": dtype,
         "--max-model-len": max_model_len,

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 
 from rempart_platform.local import RunningPlatform
 
-QUESTION = "What is the capital of France? Answer in one sentence."
-"""A small model wavers between two answers to the bare question, and rounding decides."""
+QUESTION = "What is the capital of France?"
 _MAX_TOKENS = 32
 
 
