@@ -26,6 +26,7 @@ from rempart_protos.v1 import engine_pb2
 FAKE_ENGINE = "rempart_platform.local_testing"
 FAKE_OUTPUT = b"round and "
 """What the fake engine says, again and again; one token is one byte."""
+_STOP_S = 15.0
 _CLI = (sys.executable, "-m", "rempart_platform.cli")
 
 
@@ -139,8 +140,12 @@ class PlatformUnderTest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()  # all below die with it
-        self.process.wait()
+        self.process.terminate()
+        try:
+            self.process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()  # all below die with it
+            self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
 

@@ -19,6 +19,8 @@ class StartupView:
             TimeElapsedColumn(),
             console=console,
             transient=True,
+            redirect_stdout=False,  # it would fold what is there to be pasted
+            redirect_stderr=False,
             disable=not console.is_terminal,
         )
         self._bars: dict[str, TaskID] = {}
@@ -46,6 +48,10 @@ class StartupView:
         """Takes its bar away."""
         if (bar := self._bars.pop(name, None)) is not None:
             self._progress.remove_task(bar)
+
+    def all_ready(self) -> None:
+        """No more bars."""
+        self._progress.stop()
 
     def log(self, name: str, line: str) -> None:
         """A line of a process's log, as it is."""

@@ -56,6 +56,7 @@ async def _up(
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
 
     def announce(platform: RunningPlatform) -> None:
+        view.all_ready()
         sys.stdout.write(render(platform) + "\n")
         sys.stdout.flush()
 

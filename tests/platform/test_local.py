@@ -1,9 +1,14 @@
 """`rempart up` as a process, over fake engines: how it starts, how it ends, and what it leaves behind."""
 
+import json
 import os
+import pty
+import shlex
 import signal
 import socket
+import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -148,6 +153,28 @@ def test_a_second_signal_ends_an_answer_that_is_running(up: Up, tmp_path: Path) 
             wait_for(lambda: "Draining" in platform.log_path.read_text())
             assert platform.stop(timeout_s=10) == 130
     assert_nothing_is_left(processes, tmp_path)
+
+
+def test_the_welcome_on_a_narrow_terminal_can_be_pasted(model_folder: Path) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (25, 80))
+    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
+    command = [sys.executable, "-m", "rempart_platform.cli", "up", *ports, "--engine-module", FAKE_ENGINE]
+    command += ["--model", str(model_folder), "--served-model-name", "smol"]
+    shown = ""
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as process:
+        os.close(theirs)
+        while "Ctrl-C drains" not in shown:
+            shown += os.read(ours, 65536).decode()
+        process.send_signal(signal.SIGINT)
+        while "Draining" not in shown:
+            shown += os.read(ours, 65536).decode()
+        assert process.wait(30) == 0
+    os.close(ours)
+    assert "engine 1: starting" in shown, "a terminal shows how far it is"
+    (curl,) = [line for line in shown.splitlines() if line.startswith("curl ")]
+    words = shlex.split(curl)
+    assert json.loads(words[words.index("-d") + 1])["model"] == "smol"
 
 
 @pytest.mark.parametrize("flag", ["--http-port", "--grpc-port", "--metrics-port"])
