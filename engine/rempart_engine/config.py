@@ -61,7 +61,7 @@ class EngineConfig:
     max_n: int = field(default=16, metadata=_help("most choices of a request"))
     max_logprobs: int = field(default=20, metadata=_help("most alternatives reported beside a token"))
     max_stop_token_ids: int = field(default=64, metadata=_help("most stop token ids of a request"))
-    max_logit_bias: int = field(default=300, metadata=_help("most logit bias entries of a request"))
+    max_logit_bias: int = field(default=1024, metadata=_help("most logit bias entries of a request"))
     max_allowed_token_ids: int = field(default=4096, metadata=_help("most allowed token ids of a request"))
 
     host: str = field(default="127.0.0.1", metadata=_help("address to listen on"))
