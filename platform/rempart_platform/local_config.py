@@ -12,10 +12,6 @@ from rempart_platform.child_process import ChildCommand
 HOST = "127.0.0.1"
 """The platform of one machine speaks without TLS and listens to that machine alone."""
 _SECRET_BYTES = 32
-# On one machine, the engines share their cores with all else. OpenMP threads that wait for one another by spinning take
-# those cores from the very thread they wait for: measured 20 to 60 times slower, where this costs a fifth at most.
-_SPIN_COUNT = "1000"
-_SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 # The engines compute on every core, and Redis has to wait for its turn.
 _REDIS_TIMEOUT_S = "2"
 
@@ -104,8 +100,6 @@ def engine_command(config: LocalConfig, number: int, environ: Mapping[str, str])
         "--num-threads": str(num_threads),
         "--log-level": config.log_level,
     }
-    if not any(variable in environ for variable in _SPIN_VARIABLES):
-        environ = {**environ, "GOMP_SPINCOUNT": _SPIN_COUNT}
     return ChildCommand(f"engine {number}", config.engine_module, (*_flat(args), *config.engine_args), environ)
 
 

@@ -222,13 +222,6 @@ def test_engine_flags_are_passed_on(model_folder: Path) -> None:
     assert command.args[command.args.index("--num-threads") + 1] == "3"
 
 
-def test_engines_do_not_spin_unless_the_environment_says_how(model_folder: Path) -> None:
-    config = LocalConfig(model_folder, "smol")
-    assert engine_command(config, 1, {}).environ == {"GOMP_SPINCOUNT": "1000"}
-    asked = {"OMP_WAIT_POLICY": "ACTIVE"}
-    assert engine_command(config, 1, asked).environ == asked
-
-
 def test_a_model_is_named_after_its_file_or_folder(tmp_path: Path) -> None:
     (tmp_path / "Some-Model.Q8_0.gguf").touch()
     (tmp_path / "model-1.5").mkdir()
