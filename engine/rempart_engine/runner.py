@@ -85,6 +85,8 @@ class ModelRunner:
     def _prompt_logprobs(self, plan: StepPlan, logits: torch.Tensor) -> dict[int, tuple[TokenLogprob, ...]]:
         """Of rows that want them: log-probabilities of the prompt tokens that follow this step's new tokens."""
         result: dict[int, tuple[TokenLogprob, ...]] = {}
+        if not self._num_prompt_logprobs:
+            return result
         for row, first in zip(plan.rows, _first_outputs(plan.rows), strict=True):
             if row.wants_prompt_logprobs:
                 following = self._rows.token_ids(row.row, row.start + 1, row.start + row.num_new_tokens + 1)

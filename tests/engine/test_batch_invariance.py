@@ -49,3 +49,14 @@ def test_a_continuation_from_emitted_tokens_draws_the_same_tokens(llm: LLM) -> N
     for cut in (1, 17, 47):
         (rest,) = llm.generate([prompt], _sampled(5), [whole.token_ids[:cut]])
         assert whole.token_ids[:cut] + rest.token_ids == whole.token_ids
+
+
+def test_prompt_logprobs_are_the_same_for_a_prompt_that_is_cut_into_chunks(llm: LLM) -> None:
+    random = np.random.default_rng(4)
+    long, prompt = (random.integers(3, 49_152, length).tolist() for length in (180, 150))
+    asked = SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=1)
+    (whole,) = llm.generate([prompt], asked)
+    _, chunked = llm.generate([long, prompt], [_sampled(1), asked])  # 330 tokens do not fit one step of 256
+    assert len(whole.prompt_logprobs) == len(prompt) - 1
+    assert all(token_id in entry for token_id, entry in zip(prompt[1:], whole.prompt_logprobs, strict=True))
+    assert (chunked.prompt_logprobs, chunked.token_ids) == (whole.prompt_logprobs, whole.token_ids)
