@@ -1,9 +1,10 @@
 r"""ChatML: `<|im_start|>role\ncontent<|im_end|>\n` for each message, then `<|im_start|>assistant\n`."""
 
 import re
-from collections.abc import Sequence
 
-from rempart_platform.chat.message import Message
+from rempart_platform.chat.message import Conversation, Message
+from rempart_platform.chat.output import OutputParser
+from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.text.text_model import TextModel
 from rempart_platform.text.tokenizer import Tokenizer
 
@@ -28,14 +29,40 @@ class ChatML:
         found = _DEFAULT_SYSTEM.search(model.chat_template or "")
         return cls(model.tokenizer, found.group(1) if found else None)
 
-    def render(self, messages: Sequence[Message]) -> list[int]:
-        """Prompt token ids, ready for the assistant's answer."""
-        turns = list(messages)
+    def render(self, conversation: Conversation) -> list[int]:
+        """Prompt token ids, ready for the assistant's answer.
+
+        Raises:
+            RempartError: INVALID_REQUEST for tools, thinking or a response schema, which ChatML has no words for.
+        """
+        _refuse_unknown(conversation)
+        turns = list(conversation.messages)
         if self._default_system is not None and (not turns or turns[0].role != "system"):
             turns.insert(0, Message("system", self._default_system))
         token_ids = [token_id for turn in turns for token_id in self._render_turn(turn)]
         return token_ids + self._answer
 
+    def output_parser(self, conversation: Conversation) -> OutputParser | None:
+        """None: the answer is content as it is."""
+        return None
+
     def _render_turn(self, turn: Message) -> list[int]:
-        text = self._tokenizer.encode(f"{turn.role}\n{turn.content}")
+        role = "system" if turn.role == "developer" else turn.role  # OpenAI's newer word for it
+        text = self._tokenizer.encode(f"{role}\n{turn.content}")
         return [self._start, *text, self._end, *self._line_break]
+
+
+def _refuse_unknown(conversation: Conversation) -> None:
+    if conversation.tools:
+        raise _unknown("Tools are", "tools")
+    if conversation.thinking:
+        raise _unknown("Thinking is", "thinking")
+    if conversation.response_schema is not None:
+        raise _unknown("A response format is", "response_format")
+    for position, message in enumerate(conversation.messages):
+        if message.role == "tool" or message.tool_calls:
+            raise _unknown("Tool calls are", f"messages[{position}]")
+
+
+def _unknown(subject: str, param: str) -> RempartError:
+    return RempartError(ErrorKind.INVALID_REQUEST, f"{subject} not supported by this model's chat format.", param=param)
