@@ -30,6 +30,13 @@ class Fields:
             raise self.error(name, f"must be a positive integer, got {value!r}")
         return value
 
+    def count_or_zero(self, name: str, default: int | None = None) -> int:
+        """An integer that is not negative."""
+        value = self._get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise self.error(name, f"must be an integer that is not negative, got {value!r}")
+        return value
+
     def number(self, name: str, default: float | None = None) -> float:
         """A positive finite number."""
         value = self._get(name, default)
@@ -42,6 +49,13 @@ class Fields:
         if not isinstance(value, bool):
             raise self.error(name, f"must be true or false, got {value!r}")
         return value
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of texts; none when absent."""
+        value = self._get(name, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.error(name, f"must be a list of texts, got {value!r}")
+        return tuple(value)
 
     def section(self, name: str) -> "Fields":
         """Nested fields; empty when absent."""

@@ -1,0 +1,40 @@
+"""One weight as its checkpoint holds it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rempart_engine.kernels.fp8_blocks import dequantize_blocks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weight:
+    """Floats, or fp8 values and the scales of their blocks.
+
+    The memory may be the mapped file itself: whoever keeps a weight keeps a copy, as `dequantized` gives.
+    """
+
+    data: torch.Tensor  # any shape; [out, in] float8_e4m3fn with scales
+    scales: torch.Tensor | None = None  # [ceil(out / rows), ceil(in / columns)]
+    block: tuple[int, int] | None = None
+    """Rows and columns that share a scale."""
+
+    def __post_init__(self) -> None:
+        if (self.scales is None) is not (self.block is None):
+            raise ValueError("block scales and the size of their blocks come together")
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        """The values in `dtype`, in memory of their own."""
+        if self.scales is None or self.block is None:
+            return self.data.to(dtype, copy=True)
+        return dequantize_blocks(self.data, self.scales, self.block, dtype)
+
+
+LinearFactory = Callable[[Weight], nn.Module]
+"""From a weight [out, in] to the layer that applies it."""
