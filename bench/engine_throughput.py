@@ -26,7 +26,7 @@ from bench.points import FULL, QUICK, Limits, ModelSize, Point, bound, compare, 
 from bench.report import describe, table, this_machine, versions, write_json
 
 from rempart_engine.model.config import LlamaConfig
-from rempart_engine.model.weights.source import open_weights
+from rempart_engine.model.weights.source import open_llama
 from rempart_platform.models import load_served_model
 from rempart_platform.text.tokenizer import Tokenizer
 
@@ -198,7 +198,7 @@ def run(args: argparse.Namespace) -> None:
     """Checks, measures, prints."""
     machine = this_machine()
     print(f"{describe(machine)}\n", flush=True)
-    config = open_weights(args.model).config
+    config = open_llama(args.model).config
     tokenizer = load_served_model(
         args.model, name=args.model.name, max_model_len=config.max_model_len, created_s=0
     ).tokenizer

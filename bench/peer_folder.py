@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from rempart_engine.model.config import LinearScaling, Llama3Scaling, LlamaConfig
-from rempart_engine.model.weights.source import open_weights
+from rempart_engine.model.weights.source import open_llama
 
 
 def write_peer_folder(model: Path, folder: Path) -> None:
@@ -16,7 +16,7 @@ def write_peer_folder(model: Path, folder: Path) -> None:
     Raises:
         ModelError: there is no such model, or it is none of ours.
     """
-    source = open_weights(model)
+    source = open_llama(model)
     tensors = {_hf_name(name): tensor.contiguous() for name, tensor in source.tensors(torch.float32)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(hf_config(source.config), indent=2))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rempart_engine.model.config import LlamaConfig
 from rempart_engine.model.errors import ModelError
 from rempart_engine.model.weights.names import expected_shapes
-from rempart_engine.model.weights.source import open_weights
+from rempart_engine.model.weights.source import open_llama
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -106,7 +106,7 @@ def write(
 
 def test_tensors_come_back_under_our_names_in_our_order_of_rows(tmp_path: Path) -> None:
     weights = random_weights()
-    source = open_weights(write(tmp_path / "tiny.gguf", weights))
+    source = open_llama(write(tmp_path / "tiny.gguf", weights))
     assert source.config.rms_norm_eps == pytest.approx(1e-5)
     assert source.architecture == "LlamaForCausalLM"
     assert source.num_tensors == len(weights)
@@ -117,7 +117,7 @@ def test_tensors_come_back_under_our_names_in_our_order_of_rows(tmp_path: Path) 
 
 
 def test_config_is_read_from_the_file(tmp_path: Path) -> None:
-    config = open_weights(write(tmp_path / "tiny.gguf", random_weights())).config
+    config = open_llama(write(tmp_path / "tiny.gguf", random_weights())).config
     assert config.rms_norm_eps == pytest.approx(CONFIG.rms_norm_eps)
     assert (config.vocab_size, config.num_kv_heads, config.head_dim) == (48, 2, 16)
     assert (config.eos_token_ids, config.tie_word_embeddings) == ((2,), True)
@@ -127,26 +127,26 @@ def test_config_is_read_from_the_file(tmp_path: Path) -> None:
 def test_quantized_tensors_are_dequantized(tmp_path: Path, kind: str, tolerance: float) -> None:
     weights = random_weights()
     path = write(tmp_path / "tiny.gguf", weights, gguf.GGMLQuantizationType[kind])
-    for name, loaded in open_weights(path).tensors(torch.float32):
+    for name, loaded in open_llama(path).tensors(torch.float32):
         assert np.abs(loaded.numpy() - weights[name]).max() < tolerance, name
 
 
 def test_tensors_come_in_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
-    source = open_weights(write(tmp_path / "tiny.gguf", random_weights()))
+    source = open_llama(write(tmp_path / "tiny.gguf", random_weights()))
     assert {tensor.dtype for _, tensor in source.tensors(torch.bfloat16)} == {torch.bfloat16}
 
 
 def test_a_folder_with_one_gguf_file_is_that_file(tmp_path: Path) -> None:
     write(tmp_path / "tiny.gguf", random_weights())
-    assert open_weights(tmp_path).config.vocab_size == CONFIG.vocab_size
+    assert open_llama(tmp_path).config.vocab_size == CONFIG.vocab_size
     write(tmp_path / "other.gguf", random_weights())
     with pytest.raises(ModelError, match=r"holds 2 \.gguf files"):
-        open_weights(tmp_path)
+        open_llama(tmp_path)
 
 
 def test_an_output_head_of_its_own_is_not_tied(tmp_path: Path) -> None:
     weights = random_weights(CONFIG.untied())
-    source = open_weights(write(tmp_path / "tiny.gguf", weights))
+    source = open_llama(write(tmp_path / "tiny.gguf", weights))
     assert not source.config.tie_word_embeddings
     assert np.array_equal(dict(source.tensors(torch.float32))["lm_head.weight"].numpy(), weights["lm_head.weight"])
 
@@ -170,13 +170,13 @@ def test_tensors_that_do_not_fit_are_named(
         if shape is not None:
             weights[name] = np.zeros(shape, np.float32)
     with pytest.raises(ModelError, match=message):
-        open_weights(write(tmp_path / "tiny.gguf", weights))
+        open_llama(write(tmp_path / "tiny.gguf", weights))
 
 
 def test_a_part_of_a_split_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     with pytest.raises(ModelError, match="split"):
-        open_weights(write(path, random_weights(), extra={"split.count": 3}))
+        open_llama(write(path, random_weights(), extra={"split.count": 3}))
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
     for length in [*range(0, 3000, 83), len(whole) // 2, len(whole) - 1]:
         cut.write_bytes(whole[:length])
         with pytest.raises(ModelError, match=r"cut\.gguf"):
-            open_weights(cut)
+            open_llama(cut)
 
 
 def test_a_count_beyond_the_end_of_the_file_is_refused_at_once(tmp_path: Path) -> None:
@@ -193,18 +193,18 @@ def test_a_count_beyond_the_end_of_the_file_is_refused_at_once(tmp_path: Path) -
     path = tmp_path / "huge.gguf"
     path.write_bytes(huge_array + bytes(64))
     with pytest.raises(ModelError, match="the file ends before"):
-        open_weights(path)
+        open_llama(path)
 
 
 def test_bytes_that_are_not_gguf_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "fake.gguf"
     path.write_bytes(b"PK\x03\x04" * 64)
     with pytest.raises(ModelError, match="not a whole GGUF file"):
-        open_weights(path)
+        open_llama(path)
 
 
 def test_the_real_model_opens_and_its_tensors_are_sound(smollm2: Path) -> None:
-    source = open_weights(smollm2)
+    source = open_llama(smollm2)
     config = source.config
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (30, 9, 3, 64)
     assert (config.vocab_size, config.max_model_len, config.eos_token_ids) == (49152, 8192, (2,))

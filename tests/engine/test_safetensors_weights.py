@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from rempart_engine.model.config import Llama3Scaling, LlamaConfig
 from rempart_engine.model.errors import ModelError
 from rempart_engine.model.weights.names import expected_shapes
-from rempart_engine.model.weights.source import open_weights
+from rempart_engine.model.weights.source import open_llama, open_weights
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -58,7 +58,7 @@ def write_index(folder: Path, weight_map: object) -> None:
 
 
 def assert_same(folder: Path, tensors: Tensors) -> None:
-    source = open_weights(folder)
+    source = open_llama(folder)
     loaded = dict(source.tensors(torch.float32))
     assert loaded.keys() == {name.removeprefix("model.") for name in tensors}
     assert source.num_tensors == len(tensors)
@@ -89,7 +89,7 @@ def test_a_folder_saved_by_transformers_loads(tmp_path: Path) -> None:
     model = LlamaForCausalLM(hf_config).bfloat16()
     model.generation_config.eos_token_id = [2, 3]
     model.save_pretrained(tmp_path)
-    source = open_weights(tmp_path)
+    source = open_llama(tmp_path)
     config = source.config
     assert config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 64)
     assert (config.rope_theta, config.rms_norm_eps, config.head_dim) == (5e5, 1e-5, 8)
@@ -130,7 +130,7 @@ def test_biases_and_names_without_the_prefix_load(tmp_path: Path) -> None:
 def test_a_head_in_the_file_is_used_even_if_the_configuration_ties_it(tmp_path: Path) -> None:
     head = torch.randn(48, 32)
     write(tmp_path, tie_word_embeddings=True, extra={"lm_head.weight": head})
-    source = open_weights(tmp_path)
+    source = open_llama(tmp_path)
     assert not source.config.tie_word_embeddings
     assert torch.equal(dict(source.tensors(torch.float32))["lm_head.weight"], head)
 

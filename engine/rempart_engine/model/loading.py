@@ -8,11 +8,11 @@ import torch
 from rempart_engine.model.llama import Llama, LlamaLayer
 from rempart_engine.model.precision import Precision
 from rempart_engine.model.weights.names import expected_shapes
-from rempart_engine.model.weights.source import WeightsSource
+from rempart_engine.model.weights.source import LlamaWeights
 
 
 def load_llama(
-    source: WeightsSource, precision: Precision, max_model_len: int, on_progress: Callable[[float], None]
+    source: LlamaWeights, precision: Precision, max_model_len: int, on_progress: Callable[[float], None]
 ) -> Llama:
     """Read and pack all weights.
 

@@ -35,16 +35,16 @@ def check_tensors(config: LlamaConfig, shapes: Mapping[str, Shape], origin: str)
     expected = expected_shapes(config)
     problems = []
     if missing := expected.keys() - shapes.keys():
-        problems.append(f"missing {_listed(missing)}")
+        problems.append(f"missing {listed(missing)}")
     if extra := shapes.keys() - expected.keys():
-        problems.append(f"unexpected {_listed(extra)}")
+        problems.append(f"unexpected {listed(extra)}")
     misshapen = [
         f"{name} is {list(shapes[name])} instead of {list(shape)}"
         for name, shape in expected.items()
         if name in shapes and shapes[name] != shape
     ]
     if misshapen:
-        problems.append(f"misshapen {_listed(misshapen)}")
+        problems.append(f"misshapen {listed(misshapen)}")
     if problems:
         raise ModelError(f"{origin}: tensors do not fit the model's configuration: {'; '.join(problems)}")
 
@@ -68,7 +68,8 @@ def _layer_shapes(config: LlamaConfig) -> dict[str, Shape]:
     return shapes
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """The first few, and how many more there are."""
     ordered = sorted(names)
     rest = len(ordered) - _MAX_NAMES_IN_MESSAGE
     return ", ".join(ordered[:_MAX_NAMES_IN_MESSAGE]) + (f" and {rest} more" if rest > 0 else "")

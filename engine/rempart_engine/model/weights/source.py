@@ -7,15 +7,17 @@ from typing import Protocol
 import torch
 
 from rempart_engine.model.config import LlamaConfig
+from rempart_engine.model.deepseek.config import ARCHITECTURES
 from rempart_engine.model.errors import ModelError
+from rempart_engine.model.weights.deepseek_folder import DeepseekFolder
 from rempart_engine.model.weights.gguf_file import GGUFFile
+from rempart_engine.model.weights.pickles import is_pickle
 from rempart_engine.model.weights.safetensors_folder import SafetensorsFolder
+from rempart_engine.model.weights.shards import read_json
 
-_PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
-
-class WeightsSource(Protocol):
-    """An opened model: its header is read and its tensors fit its configuration, name by name and shape by shape."""
+class LlamaWeights(Protocol):
+    """An opened Llama: its header is read and its tensors fit its configuration, name by name and shape by shape."""
 
     @property
     def config(self) -> LlamaConfig: ...
@@ -35,6 +37,22 @@ class WeightsSource(Protocol):
         ...
 
 
+WeightsSource = LlamaWeights | DeepseekFolder
+"""An opened model. Each kind has its own way to be loaded: `model.loading`, `model.deepseek.loading`."""
+
+
+def open_llama(path: Path) -> LlamaWeights:
+    """`open_weights` where only a Llama will do.
+
+    Raises:
+        ModelError: there is no such model, it is not one that can be served, or not a Llama.
+    """
+    source = open_weights(path)
+    if isinstance(source, DeepseekFolder):
+        raise ModelError(f"{path}: is a {source.architecture}, not a Llama")
+    return source
+
+
 def open_weights(path: Path) -> WeightsSource:
     """Open a .gguf file, a folder of safetensors, or a folder with exactly one .gguf file.
 
@@ -47,19 +65,24 @@ def open_weights(path: Path) -> WeightsSource:
         raise ModelError(f"{path}: no such file or folder")
     if path.suffix == ".gguf":
         return GGUFFile(path)
-    if path.suffix in _PICKLE_SUFFIXES:
+    if is_pickle(path):
         raise ModelError(f"{path}: pickled weights can run code and are never loaded; convert them to safetensors")
     raise ModelError(f"{path}: neither a .gguf file nor a folder of safetensors")
 
 
 def _open_folder(folder: Path) -> WeightsSource:
     if any(folder.glob("*.safetensors")):
-        return SafetensorsFolder(folder)
+        return DeepseekFolder(folder) if _is_deepseek(folder) else SafetensorsFolder(folder)
     gguf_files = sorted(folder.glob("*.gguf"))
     if len(gguf_files) == 1:
         return GGUFFile(gguf_files[0])
     if gguf_files:
         raise ModelError(f"{folder}: holds {len(gguf_files)} .gguf files; name one of them")
-    if any(file.suffix in _PICKLE_SUFFIXES for file in folder.iterdir()):
+    if any(map(is_pickle, folder.iterdir())):
         raise ModelError(f"{folder}: holds pickled weights only, which can run code and are never loaded")
     raise ModelError(f"{folder}: holds neither *.safetensors nor a .gguf file")
+
+
+def _is_deepseek(folder: Path) -> bool:
+    named = read_json(folder / "config.json").get("architectures")
+    return isinstance(named, list) and any(name in ARCHITECTURES for name in named if isinstance(name, str))
