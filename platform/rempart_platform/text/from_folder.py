@@ -48,12 +48,16 @@ class _TokenizerConfig(msgspec.Struct):
     eos_token: str | _AddedTokenName | None = None
 
 
+class _ModelConfig(msgspec.Struct):
+    architectures: list[str] = []
+
+
 class _EosConfig(msgspec.Struct):
     eos_token_id: int | list[int] | None = None
 
 
 def load_folder(folder: Path) -> TextModel:
-    """Tokenizer and chat template of a folder. Raises ValueError naming what is not supported."""
+    """Tokenizer, chat template and architecture of a folder. Raises ValueError naming what is not supported."""
     data = (folder / "tokenizer.json").read_bytes()
     file = msgspec.json.decode(data, type=_TokenizerFile)
     if file.model.type != "BPE" or file.decoder is None or file.decoder.type != "ByteLevel":
@@ -70,7 +74,8 @@ def load_folder(folder: Path) -> TextModel:
         prefix_token_ids=tuple(Backend.from_str(data.decode()).encode("").ids),
         eos_token_ids=_eos(folder, config, special),
     )
-    return TextModel(tokenizer, _chat_template(folder, config))
+    architectures = _read(folder / "config.json", _ModelConfig).architectures
+    return TextModel(tokenizer, _chat_template(folder, config), next(iter(architectures), None))
 
 
 def _plain_backend(data: bytes, special: dict[str, int]) -> Backend:

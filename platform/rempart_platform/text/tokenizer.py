@@ -89,6 +89,24 @@ class Tokenizer:
         """Id of a special token by its name. Raises KeyError when the model has none such."""
         return self._special_token_ids[name]
 
+    def has_special_token(self, name: str) -> bool:
+        """Whether the model has a special token of this name."""
+        return name in self._special_token_ids
+
+    def showing(self, names: Collection[str]) -> "Tokenizer":
+        """The same tokenizer, with those of these special tokens that the model has shown in output."""
+        shown = {token_id for name, token_id in self._special_token_ids.items() if name in names}
+        if not self._hidden_ids & shown:
+            return self
+        return Tokenizer(
+            self._backend,
+            self._token_bytes,
+            self._special_token_ids,
+            visible_token_ids=shown.union(self._special_token_ids.values()).difference(self._hidden_ids - shown),
+            prefix_token_ids=self._prefix_token_ids,
+            eos_token_ids=self.eos_token_ids,
+        )
+
 
 async def run_sized(num_chars: int, work: Callable[[], _T]) -> _T:
     """Result of text work on `num_chars` characters: done here when short, in a thread when it would stop the loop."""
