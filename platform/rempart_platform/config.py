@@ -12,13 +12,14 @@ Secrets come from the environment and are in no flag:
 import argparse
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from rempart_platform.apis.grpc_limits import GrpcLimits
 from rempart_platform.apis.http_limits import HttpLimits
+from rempart_platform.chat.format import CHAT_FORMATS
 from rempart_platform.endpoints.session import SessionConfig
 from rempart_platform.endpoints.static import parse_addresses
 from rempart_platform.request_limits import RequestLimits
@@ -38,6 +39,8 @@ class ModelSource:
 
     name: str
     path: Path
+    chat_format: str | None = None
+    """--chat-format NAME=FORMAT; the one that the model itself shows, when None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +98,21 @@ class RouterConfig:
         parser.add_argument(
             "--model", dest="models", action="append", required=True, type=_model_source, metavar="NAME=PATH"
         )
+        parser.add_argument(
+            "--chat-format",
+            dest="chat_formats",
+            action="append",
+            default=[],
+            type=_chat_format,
+            metavar="NAME=FORMAT",
+            help=f"of a model, when it does not show it: {', '.join(CHAT_FORMATS)}",
+        )
         parser.add_argument("--engines", required=True, type=_addresses, metavar="HOST:PORT,...")
         for flag in _flags(RouterConfig):
             flag.add_to(parser)
         given = vars(parser.parse_args(args))
-        given["models"] = tuple(given["models"])
         try:
+            given["models"] = _with_chat_formats(given["models"], given.pop("chat_formats"))
             return _build(RouterConfig, given)
         except ValueError as error:
             parser.error(str(error))
@@ -212,6 +224,23 @@ def _model_source(text: str) -> ModelSource:
     if not name or not path:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
     return ModelSource(name, Path(path))
+
+
+def _chat_format(text: str) -> tuple[str, str]:
+    name, _, chat_format = text.partition("=")
+    if not name or chat_format not in CHAT_FORMATS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FORMAT with a format of {', '.join(CHAT_FORMATS)}")
+    return name, chat_format
+
+
+def _with_chat_formats(
+    models: Sequence[ModelSource], chat_formats: Sequence[tuple[str, str]]
+) -> tuple[ModelSource, ...]:
+    named = dict(chat_formats)
+    for name in named:
+        if all(model.name != name for model in models):
+            raise ConfigError(f"--chat-format names {name}, which no --model does")
+    return tuple(replace(model, chat_format=named.get(model.name)) for model in models)
 
 
 def _addresses(text: str) -> tuple[str, ...]:

@@ -21,7 +21,13 @@ def load_catalog(sources: Iterable[ModelSource], created_s: int) -> ModelCatalog
         OSError, ValueError: a model's tokenizer cannot be read.
     """
     return ModelCatalog(
-        load_served_model(source.path, name=source.name, max_model_len=_UNKNOWN_MAX_MODEL_LEN, created_s=created_s)
+        load_served_model(
+            source.path,
+            name=source.name,
+            max_model_len=_UNKNOWN_MAX_MODEL_LEN,
+            created_s=created_s,
+            chat_format=source.chat_format,
+        )
         for source in sources
     )
 

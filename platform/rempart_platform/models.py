@@ -55,6 +55,7 @@ def load_served_model(
     created_s: int,
     vocab_size: int | None = None,
     eos_token_ids: tuple[int, ...] = (),
+    chat_format: str | None = None,
 ) -> ServedModel:
     """Reads the text side of a model from a GGUF file or a Hugging Face folder; touches no weights.
 
@@ -65,12 +66,17 @@ def load_served_model(
         created_s: seconds since the epoch.
         vocab_size: number of the engine's token ids; the tokenizer's when None.
         eos_token_ids: the engine's; the tokenizer's when empty.
+        chat_format: name of the format to speak; the one that the model shows, when None.
+
+    Raises:
+        OSError, ValueError: the tokenizer cannot be read, or has not what the chat format needs.
     """
     text = load_folder(path) if path.is_dir() else load_gguf(path)
+    spoken = find_chat_format(text, (path.resolve().name, name), chat_format)
     return ServedModel(
         name=name,
-        tokenizer=text.tokenizer,
-        chat_format=find_chat_format(text),
+        tokenizer=text.tokenizer if spoken is None else text.tokenizer.showing(spoken.control_tokens),
+        chat_format=spoken,
         max_model_len=max_model_len,
         vocab_size=vocab_size or text.tokenizer.vocab_size,
         eos_token_ids=eos_token_ids or text.tokenizer.eos_token_ids,

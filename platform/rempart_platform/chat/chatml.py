@@ -15,6 +15,8 @@ _DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\n|\\n)([^{}'\"<]+)<\|im_e
 class ChatML:
     """Renders for one tokenizer; `default_system` opens a conversation that starts with no system message."""
 
+    control_tokens = frozenset[str]()
+
     def __init__(self, tokenizer: Tokenizer, default_system: str | None) -> None:
         self._tokenizer = tokenizer
         self._default_system = default_system

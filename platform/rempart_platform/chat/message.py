@@ -50,8 +50,8 @@ class ResponseSchema:
 class Conversation:
     """Messages with what shapes the answer to them.
 
-    `thinking` None leaves it to the model's own default. `drop_thinking` None means: reasoning of answers before the
-    last user turn is left out exactly when the last turn is a user's.
+    `thinking` None leaves it to the model's own default. Reasoning of answers before the last user turn is left out, as
+    the models were trained; `drop_thinking` False keeps it, in formats that have a place for it.
     """
 
     messages: tuple[Message, ...]

@@ -30,7 +30,11 @@ class ToolCallStart:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallArguments:
-    """The next piece of a call's arguments: all pieces together are the text of a JSON object."""
+    """The next piece of a call's arguments: all pieces together are the text of a JSON object.
+
+    A call that the model breaks off, or that the text ends within, is left without its last brace: whoever parses it
+    sees that it is not whole.
+    """
 
     index: int
     text: str
@@ -40,7 +44,7 @@ OutputPart = ContentText | ReasoningText | ToolCallStart | ToolCallArguments
 
 
 class OutputParser(Protocol):
-    """Reads one choice's text as it comes. No part ever holds a piece of the format's own tags."""
+    """Reads one choice's text as it comes. No part holds a tag, or a piece of one, that has a place in the format."""
 
     def push(self, text: str) -> Sequence[OutputPart]:
         """Parts that are certain after this text."""
