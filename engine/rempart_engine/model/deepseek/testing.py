@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rempart_engine.kernels.fp8_blocks.reference import dequantize_blocks, quantize_blocks
-from rempart_engine.model.deepseek.config import DeepseekConfig, Fp8Blocks
+from rempart_engine.model.deepseek.config import DeepseekConfig, Fp8Blocks, IndexerConfig, MoEConfig, YarnScaling
 from rempart_engine.model.deepseek.names import SCALE_SUFFIX, TensorSpec, expected_tensors, mtp_copies
 
 StoredAs = Literal["fp8", "bfloat16", "float32"]
@@ -23,6 +23,48 @@ StoredAs = Literal["fp8", "bfloat16", "float32"]
 _DTYPES = {"fp8": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _ALWAYS_FLOAT32 = (".e_score_correction_bias", ".k_norm.weight", ".k_norm.bias")
 _PUBLISHED_BLOCKS = Fp8Blocks(128, 128)
+
+TINY = DeepseekConfig(
+    architecture="DeepseekV32ForCausalLM",
+    vocab_size=96,
+    hidden_size=40,
+    intermediate_size=56,
+    num_layers=3,
+    num_dense_layers=1,
+    num_heads=3,
+    q_lora_rank=24,
+    kv_lora_rank=16,
+    qk_nope_head_dim=10,
+    qk_rope_head_dim=8,
+    v_head_dim=6,
+    rms_norm_eps=1e-6,
+    rope_theta=10_000.0,
+    rope_scaling=YarnScaling(factor=40.0, original_max_position_embeddings=64),
+    max_model_len=2560,
+    moe=MoEConfig(
+        num_experts=6,
+        num_shared_experts=1,
+        num_experts_per_token=2,
+        intermediate_size=20,
+        num_groups=3,
+        num_chosen_groups=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+    ),
+    indexer=IndexerConfig(num_heads=5, head_dim=16, top_k=8, rope="half-split", is_full=(True, True, True)),
+    num_mtp_layers=1,
+    fp8=Fp8Blocks(16, 16),
+    bos_token_id=0,
+    eos_token_ids=(1,),
+)
+"""Small, and odd enough to catch mistakes: no dimension is another's, hardly one a multiple of the blocks."""
+TINY_GLM = replace(
+    TINY,
+    architecture="GlmMoeDsaForCausalLM",
+    rope_scaling=None,
+    indexer=replace(TINY.indexer, rope="interleaved", is_full=(True, False, True)),
+)
+"""The same with what GLM changes: plain and interleaved rotary embedding, a layer without an indexer of its own."""
 
 
 def write_checkpoint(

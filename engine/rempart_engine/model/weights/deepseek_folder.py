@@ -54,9 +54,9 @@ class DeepseekFolder:
 
 
 class StoredWeights(Mapping[str, Weight]):
-    """Weights by name, each read from its file when it is looked up: nothing is kept but the mapping of one file.
+    """Weights by name, each read from its file, into memory of its own, whenever it is looked up.
 
-    What was read maps that file's memory for as long as it is held.
+    Nothing is kept but one open file, so whoever walks over a model holds what they made of it and one weight.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class StoredWeights(Mapping[str, Weight]):
         self._names = [name for name in tensors if not name.endswith(SCALE_SUFFIX)]
         self._block = block
         self._on_read = on_read
-        self._mapped: tuple[Path, Any] | None = None
+        self._opened: tuple[Path, Any] | None = None
 
     def __getitem__(self, name: str) -> Weight:
         """Raises ModelError when the tensor cannot be read or a scale is not a positive number."""
@@ -92,10 +92,10 @@ class StoredWeights(Mapping[str, Weight]):
 
     def _read(self, tensor: StoredTensor) -> torch.Tensor:
         try:
-            if self._mapped is None or self._mapped[0] != tensor.file:
-                self._mapped = None  # unmap the one before first
-                self._mapped = (tensor.file, safe_open(tensor.file, framework="pt"))
-            data: torch.Tensor = self._mapped[1].get_tensor(tensor.name)
+            if self._opened is None or self._opened[0] != tensor.file:
+                # Mapped pages would count as ours until the whole file is closed, and a cut file would be our end.
+                self._opened = (tensor.file, safe_open(tensor.file, framework="pt", backend="pread"))
+            data: torch.Tensor = self._opened[1].get_tensor(tensor.name)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{tensor.file}: {error}") from error
         return data

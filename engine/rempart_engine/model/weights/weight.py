@@ -11,10 +11,7 @@ from rempart_engine.kernels.fp8_blocks import dequantize_blocks
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weight:
-    """Floats, or fp8 values and the scales of their blocks.
-
-    The memory may be the mapped file itself: whoever keeps a weight keeps a copy, as `dequantized` gives.
-    """
+    """Floats, or fp8 values and the scales of their blocks."""
 
     data: torch.Tensor  # any shape; [out, in] float8_e4m3fn with scales
     scales: torch.Tensor | None = None  # [ceil(out / rows), ceil(in / columns)]
@@ -30,9 +27,9 @@ class Weight:
         return self.data.shape
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
-        """The values in `dtype`, in memory of their own."""
+        """The values in `dtype`; the very tensor if they are floats of it already."""
         if self.scales is None or self.block is None:
-            return self.data.to(dtype, copy=True)
+            return self.data.to(dtype)
         return dequantize_blocks(self.data, self.scales, self.block, dtype)
 
 
