@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rempart_platform.chat.message import Conversation as ChatConversation
 from rempart_platform.chat.message import Message
 from rempart_platform.endpoints.testing import hash_token
 from rempart_platform.models import ServedModel
@@ -61,7 +62,7 @@ def conversations(model: ServedModel, num_output_tokens: int, number: int) -> li
     """Chats that differ in all tokens of their answers, and whose first token alone is already some text."""
     if model.chat_format is None:
         raise WrongOutputError(f"{model.name} has no chat format that is known")
-    prompt = model.chat_format.render([Message("user", _TEXT)])
+    prompt = model.chat_format.render(ChatConversation((Message("user", _TEXT),)))
     found: list[Conversation] = []
     seed = 0
     while len(found) < number:

@@ -44,8 +44,8 @@ class Conversation:
     def clear(self) -> None:
         self._messages.clear()
 
-    def ask(self, question: str, show: Callable[[str], None]) -> None:
-        """Streams the answer to `show`. KeyboardInterrupt ends it early; what was said of it stays in the conversation.
+    def ask(self, question: str, show: Callable[[str], None], show_reasoning: Callable[[str], None]) -> None:
+        """Streams the answer. KeyboardInterrupt ends it early; what was said of it stays in the conversation.
 
         Raises:
             grpc.RpcError: there is no answer; the conversation is as it was.
@@ -54,16 +54,23 @@ class Conversation:
         request = inference_pb2.ChatRequest(model=self._model, messages=[*self._messages, turn], options=self._options)
         call = self._stub.Chat(request, metadata=self._metadata)
         said: list[str] = []
+        thought: list[str] = []
         try:
             for event in call:
+                if event.delta.reasoning:
+                    thought.append(event.delta.reasoning)
+                    show_reasoning(event.delta.reasoning)
                 if event.delta.text:
+                    if thought and not said:
+                        show_reasoning("\n")
                     said.append(event.delta.text)
                     show(event.delta.text)
         except KeyboardInterrupt:
             pass
         finally:
             call.cancel()
-        self._messages += [turn, inference_pb2.ChatMessage(role="assistant", content="".join(said))]
+        answer = inference_pb2.ChatMessage(role="assistant", content="".join(said), reasoning="".join(thought))
+        self._messages += [turn, answer]
 
 
 def chat(settings: ChatSettings, questions: TextIO, answers: TextIO, errors: TextIO) -> int:
@@ -72,7 +79,7 @@ def chat(settings: ChatSettings, questions: TextIO, answers: TextIO, errors: Tex
     Args:
         questions: one a line.
         answers: gets what the model says.
-        errors: gets everything else.
+        errors: gets everything else, what the model thinks before it answers too.
     """
     with grpc.insecure_channel(settings.address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
@@ -97,12 +104,16 @@ def _talk(conversation: Conversation, address: str, questions: TextIO, answers: 
         answers.write(text)
         answers.flush()
 
+    def show_reasoning(text: str) -> None:
+        errors.write(text)
+        errors.flush()
+
     while (question := _next_question(questions, is_terminal)) not in (None, "/exit"):
         if question == "/clear":
             conversation.clear()
         elif question:
             try:
-                conversation.ask(question, show)
+                conversation.ask(question, show, show_reasoning)
                 show("\n")
             except grpc.RpcError as error:
                 _say(errors, _line(error, address))

@@ -5,9 +5,10 @@
 Both front ends speak through `rempart.v1` messages, so there is one validator and one dispatcher for all of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
+from rempart_platform.chat.message import Conversation
 from rempart_protos.v1 import sampling_pb2
 
 
@@ -16,6 +17,8 @@ class FinishReason(Enum):
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    """The model ended its output, as with STOP, and had called tools in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,10 @@ class GenerationRequest:
     user: str = ""
     created_s: int = 0
     timeout_s: float | None = None
+    conversation: Conversation | None = field(default=None, repr=False)
+    """What the prompt was rendered from, which tells how to read the output; None for a prompt that was no chat."""
+    max_tool_calls: int | None = None
+    """A choice ends before it makes more calls than these."""
 
     @property
     def num_choices(self) -> int:
@@ -67,13 +74,29 @@ class TextLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """The next piece of a tool call. The first has id and name and no arguments, all others have arguments alone."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """New text of one choice; never half a character, never part of a stop string."""
+    """The next piece of one choice: of its text, of its reasoning, or of its tool calls, never of two of them.
+
+    Texts hold no half characters and no part of a stop string. The tokens are those that this piece completes; over
+    all deltas of a choice each token comes once.
+    """
 
     choice: int
-    text: str
+    text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TextLogprob, ...] = ()
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +109,15 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What was used and is charged. Completion tokens are those delivered to the client."""
+    """What was used and is charged. Completion tokens are those delivered to the client.
+
+    Of these, `reasoning_tokens` came in deltas of reasoning.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 GenerationEvent = Delta | Finished | Usage

@@ -10,8 +10,17 @@ class RequestLimits:
     """Limits of one request, the same for every front end."""
 
     max_prompt_chars: int = 2_000_000
-    """Characters of all texts together, checked before any of them is tokenized."""
+    """Characters of all messages together, checked before any of them is tokenized."""
     max_messages: int = 1024
+    max_tools: int = 128
+    max_tool_chars: int = 500_000
+    """Characters of all tools' names, descriptions and schemas together."""
+    max_schema_chars: int = 100_000
+    """Characters of the schema of a response format."""
+    max_json_nodes: int = 20_000
+    """Values of one JSON text within a request: a schema, a call's arguments."""
+    max_json_depth: int = 64
+    """How deep such a text may nest."""
     max_n: int = 16
     max_logprobs: int = 20
     max_stop_strings: int = 16

@@ -24,6 +24,8 @@ class RequestTrace:
     """Addresses that were tried, in order."""
     num_completion_tokens: int = 0
     """Tokens that the consumer has taken."""
+    num_reasoning_tokens: int = 0
+    """Those of them that came as reasoning."""
     num_cached_tokens: int = 0
     finish_reasons: list[str] = field(default_factory=list)
     is_complete: bool = False
@@ -41,7 +43,7 @@ class RequestTrace:
     def usage(self) -> Usage:
         """What is charged if the request ends now: the prompt once the engine began, and the tokens delivered."""
         num_prompt_tokens = len(self.request.prompt_token_ids) if self.first_event_s is not None else 0
-        return Usage(num_prompt_tokens, self.num_completion_tokens, self.num_cached_tokens)
+        return Usage(num_prompt_tokens, self.num_completion_tokens, self.num_cached_tokens, self.num_reasoning_tokens)
 
     @property
     def time_to_first_token_s(self) -> float | None:
@@ -75,6 +77,8 @@ class RequestTrace:
         match event:
             case Delta():
                 self.num_completion_tokens += len(event.token_ids)
+                if event.reasoning:
+                    self.num_reasoning_tokens += len(event.token_ids)
                 self.last_delta_s = now_s
                 if self.first_delta_s is None:
                     self.first_delta_s = now_s

@@ -6,11 +6,11 @@ checks a request again.
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
 
 from rempart_platform.chat.format import ChatFormat
-from rempart_platform.chat.message import Message, Role
+from rempart_platform.chat.message import Conversation
+from rempart_platform.conversation_rules import ConversationMessage, check_conversation_size, to_conversation
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Caller, GenerationRequest
 from rempart_platform.models import ServedModel
@@ -18,13 +18,6 @@ from rempart_platform.request_limits import RequestLimits, require_at_most
 from rempart_platform.sampling_rules import check_sampling, require_in_vocabulary
 from rempart_platform.text.tokenizer import run_sized
 from rempart_protos.v1 import inference_pb2, sampling_pb2
-
-_ROLES: Final[dict[str, Role]] = {
-    "system": "system",
-    "developer": "system",  # OpenAI's newer word for it
-    "user": "user",
-    "assistant": "assistant",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +49,9 @@ async def chat(
 ) -> GenerationRequest:
     """A valid request for the conversation. Raises RempartError naming the field at fault."""
     _check_options(request.options, model, limits)
-    prompt = await _render(request.messages, model, limits)
-    return _admissible(prompt, "messages", request.options, model, limits, arrival)
+    conversation, prompt = await _render(request, model, limits)
+    valid = _admissible(prompt, "messages", request.options, model, limits, arrival)
+    return replace(valid, conversation=conversation, max_tool_calls=_max_tool_calls(request))
 
 
 async def complete(
@@ -78,9 +72,10 @@ async def complete(
 
 
 async def tokenize(request: inference_pb2.TokenizeRequest, model: ServedModel, limits: RequestLimits) -> list[int]:
-    """Token ids as `chat` (with messages) or `complete` (without) would send them. Raises RempartError."""
-    if request.messages:
-        return await _render(request.messages, model, limits)
+    """Token ids as `chat` (with any part of a conversation) or `complete` (without) would send. Raises RempartError."""
+    if any(field.name not in ("model", "text") for field, _ in request.ListFields()):
+        _, prompt = await _render(request, model, limits)
+        return prompt
     return await _encode(request.text, model, limits, param="text")
 
 
@@ -90,16 +85,21 @@ async def _encode(text: str, model: ServedModel, limits: RequestLimits, param: s
 
 
 async def _render(
-    messages: Sequence[inference_pb2.ChatMessage], model: ServedModel, limits: RequestLimits
-) -> list[int]:
+    request: ConversationMessage, model: ServedModel, limits: RequestLimits
+) -> tuple[Conversation, list[int]]:
     chat_format = _chat_format(model)
-    if not messages:
-        raise _invalid("'messages' must hold at least one message.", "messages")
-    require_at_most(len(messages), limits, "max_messages", "messages", unit="messages")
-    num_chars = sum(len(message.content) for message in messages)
-    require_at_most(num_chars, limits, "max_prompt_chars", "messages", unit="characters")
-    turns = [_turn(message, position) for position, message in enumerate(messages)]
-    return await run_sized(num_chars, lambda: chat_format.render(turns))
+    num_chars = check_conversation_size(request, limits)
+
+    def read_and_render() -> tuple[Conversation, list[int]]:
+        conversation = to_conversation(request, limits)
+        return conversation, chat_format.render(conversation)
+
+    return await run_sized(num_chars, read_and_render)
+
+
+def _max_tool_calls(request: inference_pb2.ChatRequest) -> int | None:
+    is_single = request.HasField("parallel_tool_calls") and not request.parallel_tool_calls
+    return 1 if is_single else None
 
 
 def _chat_format(model: ServedModel) -> ChatFormat:
@@ -107,15 +107,6 @@ def _chat_format(model: ServedModel) -> ChatFormat:
         message = f"The model `{model.name}` has no chat format that is supported; use completions."
         raise _invalid(message, "model")
     return model.chat_format
-
-
-def _turn(message: inference_pb2.ChatMessage, position: int) -> Message:
-    role = _ROLES.get(message.role)
-    if role is None:
-        raise _invalid(
-            f"'messages[{position}].role' must be one of {', '.join(map(repr, _ROLES))}.", f"messages[{position}].role"
-        )
-    return Message(role, message.content)
 
 
 def _check_options(options: inference_pb2.GenerationOptions, model: ServedModel, limits: RequestLimits) -> None:

@@ -1,4 +1,4 @@
-"""apis/http_limits.py, http_body.py and json_guard.py, over raw sockets and with small timeouts."""
+"""apis/http_limits.py, http_body.py and ../json_guard.py, over raw sockets and with small timeouts."""
 
 import asyncio
 import json
@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rempart_platform.apis.http_limits import HttpLimits
-from rempart_platform.apis.json_guard import check_json_shape
 from rempart_platform.apis.testing import KEY, MODEL, FakeDispatcher, fake_services, serve_http
 from rempart_platform.errors import RempartError
+from rempart_platform.json_guard import check_json_shape
 
 LIMITS = HttpLimits(
     max_connections=3,

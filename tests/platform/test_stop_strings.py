@@ -75,8 +75,8 @@ def test_tokens_are_delivered_with_the_last_character_of_their_text(data: bytes,
 def test_a_stop_string_across_tokens_is_held_back_and_never_shown() -> None:
     assembler = TextAssembler(TOKENIZER, ["STOP"])
 
-    assert assembler.push(list(b"go ST")) == TextIncrement("go ", tuple(b"go "))
-    assert assembler.push(list(b"OP and more")) == TextIncrement("", tuple(b"STOP"), is_stopped=True)
+    assert assembler.push(list(b"go ST")) == TextIncrement("go ", tuple(b"go "), ends=(1, 2, 3))
+    assert assembler.push(list(b"OP and more")) == TextIncrement("", tuple(b"STOP"), ends=(0,) * 4, is_stopped=True)
     assert assembler.push(list(b"x")) == TextIncrement(is_stopped=True)
     assert assembler.finish() == TextIncrement(is_stopped=True)
     assert assembler.num_delivered_tokens == len("go STOP")
@@ -86,13 +86,13 @@ def test_what_did_not_become_a_stop_string_is_given_out_at_the_end() -> None:
     assembler = TextAssembler(TOKENIZER, ["STOP"])
 
     assert not assembler.push(list(b"ST"))
-    assert assembler.finish() == TextIncrement("ST", tuple(b"ST"))
+    assert assembler.finish() == TextIncrement("ST", tuple(b"ST"), ends=(1, 2))
 
 
 def test_end_tokens_have_no_text_and_count_as_delivered() -> None:
     assembler = TextAssembler(TOKENIZER, eos_token_ids=[EOS_ID])
 
-    assert assembler.push([*b"hi", EOS_ID]) == TextIncrement("hi", (*b"hi", EOS_ID))
+    assert assembler.push([*b"hi", EOS_ID]) == TextIncrement("hi", (*b"hi", EOS_ID), ends=(1, 2, 2))
 
 
 def test_logprobs_go_out_with_their_tokens() -> None:
@@ -106,7 +106,23 @@ def test_logprobs_go_out_with_their_tokens() -> None:
 def test_stop_strings_within_min_tokens_end_nothing() -> None:
     assembler = TextAssembler(TOKENIZER, ["a"], min_tokens=3)
 
-    assert assembler.push(list(b"aaaba")) == TextIncrement("aaab", tuple(b"aaaba"), is_stopped=True)
+    increment = assembler.push(list(b"aaaba"))
+    assert increment == TextIncrement("aaab", tuple(b"aaaba"), ends=(1, 2, 3, 4, 4), is_stopped=True)
+
+
+@given(st.text("abé😀", max_size=20), STOPS, st.booleans(), st.data())
+def test_every_increment_says_which_text_each_of_its_tokens_brings(
+    text: str, stops: list[str], include_stop: bool, draw: st.DataObject
+) -> None:
+    data = text.encode()
+    assembler = TextAssembler(TOKENIZER, stops, include_stop)
+    whole = TextIncrement()
+    for part in parts_of(draw, len(data)):
+        whole = whole.then(assembler.push(list(data[part])))
+    whole = whole.then(assembler.finish())
+
+    for position, end in enumerate(whole.ends, start=1):
+        assert whole.text[:end] == data[:position].decode(errors="ignore")[: len(whole.text)]
 
 
 @pytest.mark.parametrize("length", [20_000])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rempart_platform import validation
 from rempart_platform.apis.testing import CALLER, tiny_model
+from rempart_platform.chat.message import Conversation, Message
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import GenerationRequest
 from rempart_platform.models import ModelCatalog, ServedModel
@@ -202,10 +203,13 @@ async def test_prompts_of_token_ids_are_taken_as_they_are() -> None:
 
 
 async def test_chat_needs_messages_roles_and_a_format() -> None:
-    assert (await chat(("developer", "d"), ("user", "u"))).prompt_token_ids[1:7] == tuple(b"system")
+    valid = await chat(("developer", "d"), ("user", "u"))
+    assert valid.prompt_token_ids[1:7] == tuple(b"system")
+    assert valid.conversation == Conversation((Message("developer", "d"), Message("user", "u")))
+    assert (await complete()).conversation is None
     for messages, param in (
         ((), "messages"),
-        ((("tool", "x"),), "messages[0].role"),
+        ((("tool", "x"),), "messages[0].tool_call_id"),
         ((("user", "x"), ("", "y")), "messages[1].role"),
         ((("user", "x"),) * 1025, "messages"),
     ):

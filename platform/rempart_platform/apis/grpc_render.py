@@ -9,6 +9,7 @@ from rempart_protos.v1 import inference_pb2, sampling_pb2
 _REASONS: Final = {
     FinishReason.STOP: sampling_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: sampling_pb2.FINISH_REASON_LENGTH,
+    FinishReason.TOOL_CALLS: sampling_pb2.FINISH_REASON_TOOL_CALLS,
 }
 
 
@@ -28,6 +29,8 @@ def render(event: GenerationEvent) -> inference_pb2.GenerationEvent:
                 text=event.text,
                 token_ids=event.token_ids,
                 logprobs=[_logprob(logprob) for logprob in event.logprobs],
+                reasoning=event.reasoning,
+                tool_calls=[_tool_call(call) for call in event.tool_calls],
             )
             return inference_pb2.GenerationEvent(delta=delta)
         case Finished():
@@ -38,8 +41,13 @@ def render(event: GenerationEvent) -> inference_pb2.GenerationEvent:
                 prompt_tokens=event.prompt_tokens,
                 completion_tokens=event.completion_tokens,
                 cached_tokens=event.cached_tokens,
+                reasoning_tokens=event.reasoning_tokens,
             )
             return inference_pb2.GenerationEvent(usage=usage)
+
+
+def _tool_call(call: generation.ToolCallDelta) -> inference_pb2.ToolCallDelta:
+    return inference_pb2.ToolCallDelta(index=call.index, id=call.id, name=call.name, arguments=call.arguments)
 
 
 def _logprob(logprob: generation.TextLogprob) -> inference_pb2.TextLogprob:

@@ -2,75 +2,22 @@
 
 from collections.abc import Sequence
 
-import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET
 
 from rempart_platform import generation
+from rempart_platform.apis.openai_chat_objects import (
+    Choice,
+    ChoiceLogprobs,
+    Chunk,
+    ChunkChoice,
+    ChunkDelta,
+    Completion,
+    chunk_deltas,
+    logprobs_of,
+    message_of,
+)
 from rempart_platform.apis.openai_objects import RenderContext, Usage, encoder, server_sent
-from rempart_platform.generation import Delta, Finished, GenerationEvent, TextLogprob
-
-
-class TopLogprob(msgspec.Struct):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(msgspec.Struct):
-    token: str
-    logprob: float
-    bytes: list[int]
-    top_logprobs: list[TopLogprob]
-
-
-class ChoiceLogprobs(msgspec.Struct):
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
-class ChunkDelta(msgspec.Struct):
-    role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
-
-
-class ChunkChoice(msgspec.Struct):
-    index: int
-    delta: ChunkDelta
-    logprobs: ChoiceLogprobs | None = None
-    finish_reason: str | None = None
-
-
-class Chunk(msgspec.Struct):
-    id: str
-    object: str
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChunkChoice]
-    usage: Usage | UnsetType | None = UNSET
-
-
-class Message(msgspec.Struct):
-    content: str
-    role: str = "assistant"
-    refusal: None = None
-
-
-class Choice(msgspec.Struct):
-    index: int
-    message: Message
-    logprobs: ChoiceLogprobs | None
-    finish_reason: str | None
-
-
-class Completion(msgspec.Struct):
-    id: str
-    object: str
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[Choice]
-    usage: Usage
+from rempart_platform.generation import Delta, Finished, GenerationEvent
 
 
 class ChatRenderer:
@@ -84,8 +31,7 @@ class ChatRenderer:
     def chunk(self, event: GenerationEvent) -> bytes:
         match event:
             case Delta():
-                delta = ChunkDelta(content=event.text)
-                return self._role(event.choice) + self._choice(event.choice, delta, _logprobs(self._context, [event]))
+                return self._role(event.choice) + self._delta(event)
             case Finished():
                 choice = ChunkChoice(event.choice, ChunkDelta(), finish_reason=event.reason.value)
                 return self._role(event.choice) + self._chunk([choice])
@@ -98,6 +44,18 @@ class ChatRenderer:
             return b""
         self._has_role.add(choice)
         return self._choice(choice, ChunkDelta(role="assistant", content=""), None)
+
+    def _delta(self, delta: Delta) -> bytes:
+        """The log-probabilities come with the first chunk. An end token alone is worth none."""
+        logprobs = logprobs_of(self._context, [delta])
+        contents = [*chunk_deltas(delta)]
+        if not contents and logprobs and logprobs.content:
+            contents = [ChunkDelta(content="")]
+        chunks = []
+        for content in contents:
+            chunks.append(self._choice(delta.choice, content, logprobs))
+            logprobs = None
+        return b"".join(chunks)
 
     def _choice(self, index: int, delta: ChunkDelta, logprobs: ChoiceLogprobs | None) -> bytes:
         return self._chunk([ChunkChoice(index, delta, logprobs)])
@@ -133,16 +91,4 @@ class ChatRenderer:
 
     def _whole_choice(self, end: Finished, events: Sequence[GenerationEvent]) -> Choice:
         deltas = [event for event in events if isinstance(event, Delta) and event.choice == end.choice]
-        text = "".join(delta.text for delta in deltas)
-        return Choice(end.choice, Message(text), _logprobs(self._context, deltas), end.reason.value)
-
-
-def _logprobs(context: RenderContext, deltas: Sequence[Delta]) -> ChoiceLogprobs | None:
-    if not any(delta.logprobs for delta in deltas):
-        return None
-    return ChoiceLogprobs([_token(logprob) for delta in deltas for logprob in context.shown_logprobs(delta)])
-
-
-def _token(logprob: TextLogprob) -> TokenLogprob:
-    tops = [TopLogprob(top.token, top.logprob, list(top.token_bytes)) for top in logprob.top]
-    return TokenLogprob(logprob.token, logprob.logprob, list(logprob.token_bytes), tops)
+        return Choice(end.choice, message_of(deltas), logprobs_of(self._context, deltas), end.reason.value)

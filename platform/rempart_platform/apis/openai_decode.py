@@ -10,13 +10,12 @@ from typing import Final, TypeVar
 import msgspec
 
 from rempart_platform.apis.http_limits import HttpLimits
-from rempart_platform.apis.json_guard import check_json_shape
 from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.json_guard import check_json_shape
 
 _HARMLESS: Final = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",
         "prediction",
         "prompt_cache_options",
         "prompt_cache_retention",
@@ -38,12 +37,8 @@ _REFUSED: Final[dict[str, tuple[object, ...]]] = {
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
-    "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
     "web_search_options": (),
@@ -94,6 +89,6 @@ def _check_unknown(name: str, value: bytes) -> None:
 def _explain(error: msgspec.ValidationError) -> RempartError:
     """msgspec tells what was expected and the type of what came, nothing of the client's own text."""
     message = str(error)
-    found = _MISSING.search(message) or _PATH.search(message)
+    found = _PATH.search(message) or _MISSING.search(message)
     param = (found.group(1) or None) if found else None
     return RempartError(ErrorKind.INVALID_REQUEST, f"Invalid body: {message}.", param=param)

@@ -19,16 +19,27 @@ class CachedTokens(msgspec.Struct):
     cached_tokens: int
 
 
+class ReasoningTokens(msgspec.Struct):
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: ReasoningTokens
 
     @classmethod
     def of(cls, usage: generation.Usage) -> "Usage":
         total = usage.prompt_tokens + usage.completion_tokens
-        return cls(usage.prompt_tokens, usage.completion_tokens, total, CachedTokens(usage.cached_tokens))
+        return cls(
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            total,
+            CachedTokens(usage.cached_tokens),
+            ReasoningTokens(usage.reasoning_tokens),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,15 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from rempart_platform.apis.openai_conversation import (
+    MessageBody,
+    ResponseFormatBody,
+    TemplateKwargs,
+    ToolBody,
+    ToolChoiceBody,
+    chat_messages,
+    shape_prompt,
+)
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_protos.v1 import inference_pb2, sampling_pb2
 
@@ -50,23 +59,17 @@ class GenerationBody(msgspec.Struct, kw_only=True):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ContentPart(msgspec.Struct):
-    type: str
-    text: str | None = None
-
-
-class MessageBody(msgspec.Struct):
-    role: str
-    content: str | list[ContentPart] | None = None
-    name: str | None = None
-    tool_calls: list[msgspec.Raw] | None = None
-
-
 class ChatBody(GenerationBody, kw_only=True):
     messages: list[MessageBody]
     logprobs: bool | None = None
     top_logprobs: UInt32 | None = None
     max_completion_tokens: UInt32 | None = None
+    tools: list[ToolBody] | None = None
+    tool_choice: str | ToolChoiceBody | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormatBody | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
 
 
 class CompletionBody(GenerationBody, kw_only=True):
@@ -80,6 +83,11 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
     model: str
     prompt: str | None = None
     messages: list[MessageBody] | None = None
+    tools: list[ToolBody] | None = None
+    tool_choice: str | ToolChoiceBody | None = None
+    response_format: ResponseFormatBody | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
 
 
 def chat_request(body: ChatBody) -> inference_pb2.ChatRequest:
@@ -91,7 +99,14 @@ def chat_request(body: ChatBody) -> inference_pb2.ChatRequest:
         options.sampling.logprobs = body.top_logprobs or 0
     elif body.top_logprobs is not None:
         raise _invalid("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
-    return inference_pb2.ChatRequest(model=body.model, messages=chat_messages(body.messages), options=options)
+    request = inference_pb2.ChatRequest(
+        model=body.model,
+        messages=chat_messages(body.messages),
+        options=options,
+        parallel_tool_calls=body.parallel_tool_calls,
+    )
+    shape_prompt(body, request)
+    return request
 
 
 def complete_request(body: CompletionBody) -> inference_pb2.CompleteRequest:
@@ -115,30 +130,9 @@ def tokenize_request(body: TokenizeBody) -> inference_pb2.TokenizeRequest:
     if body.messages == []:
         raise _invalid("'messages' must hold at least one message.", "messages")
     messages = chat_messages(body.messages or [])
-    return inference_pb2.TokenizeRequest(model=body.model, text=body.prompt or "", messages=messages)
-
-
-def chat_messages(bodies: list[MessageBody]) -> list[inference_pb2.ChatMessage]:
-    """Raises RempartError INVALID_REQUEST for content that is no text."""
-    return [
-        inference_pb2.ChatMessage(role=body.role, content=_text(body, f"messages[{i}]"), name=body.name or "")
-        for i, body in enumerate(bodies)
-    ]
-
-
-def _text(body: MessageBody, param: str) -> str:
-    if body.tool_calls:
-        raise _invalid("Tool calls are not supported.", f"{param}.tool_calls")
-    match body.content:
-        case str(text):
-            return text
-        case list(parts):
-            for part in parts:
-                if part.type != "text" or part.text is None:
-                    raise _invalid(f"Content of type '{part.type[:32]}' is not supported.", f"{param}.content")
-            return "".join(part.text or "" for part in parts)
-        case None:
-            raise _invalid(f"'{param}.content' must be a text.", f"{param}.content")
+    request = inference_pb2.TokenizeRequest(model=body.model, text=body.prompt or "", messages=messages)
+    shape_prompt(body, request)
+    return request
 
 
 def _options(body: GenerationBody) -> inference_pb2.GenerationOptions:

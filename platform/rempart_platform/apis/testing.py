@@ -1,12 +1,14 @@
 """Stand-ins for the rooms behind the front ends, and a small model to serve."""
 
 import asyncio
+import random
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import tokenizers
+from prometheus_client import CollectorRegistry
 from tokenizers import models, pre_tokenizers
 
 from rempart_platform.apis.http_limits import HttpLimits
@@ -14,6 +16,11 @@ from rempart_platform.apis.http_server import HttpServer
 from rempart_platform.apis.openai import build_app
 from rempart_platform.apis.services import ApiServices
 from rempart_platform.chat.chatml import ChatML
+from rempart_platform.chat.testing import TagChat
+from rempart_platform.dispatcher import DispatchConfig, Dispatcher
+from rempart_platform.endpoints.pool import EnginePool
+from rempart_platform.endpoints.session import SessionConfig
+from rempart_platform.endpoints.testing import FakeEngine, Faults, fake_model_info
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import (
     Caller,
@@ -25,10 +32,13 @@ from rempart_platform.generation import (
     TextLogprob,
     Usage,
 )
+from rempart_platform.metrics import RouterMetrics
 from rempart_platform.models import ModelCatalog, ServedModel
 from rempart_platform.request_limits import RequestLimits
+from rempart_platform.testing import RecordingLedger
 from rempart_platform.text.byte_level import BYTE_OF
 from rempart_platform.text.tokenizer import Tokenizer
+from rempart_protos.v1 import engine_pb2
 
 KEY = "rk_test"
 CALLER = Caller(tenant="tenant-a", key_id="key-1")
@@ -59,6 +69,12 @@ def tiny_model(name: str = MODEL, *, max_model_len: int = 512, has_chat: bool = 
         eos_token_ids=(EOS_ID,),
         created_s=1_700_000_000,
     )
+
+
+def tag_model(*, is_thinking: bool = False) -> ServedModel:
+    """The same model with a chat format that knows reasoning and tools."""
+    model = tiny_model(max_model_len=4096)
+    return replace(model, chat_format=TagChat(model.tokenizer, is_thinking=is_thinking))
 
 
 class FakeAuthenticator:
@@ -160,6 +176,54 @@ def fake_services(
         clock=lambda: 1_700_000_000.0,
         is_ready=lambda: is_ready,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRig:
+    """A real dispatcher over a fake engine, and what it charged."""
+
+    services: ApiServices
+    engine: FakeEngine
+    ledger: RecordingLedger
+
+
+@asynccontextmanager
+async def engine_rig(
+    write: Callable[[str, int], str], model: ServedModel | None = None, *, faults: Faults | None = None
+) -> AsyncIterator[EngineRig]:
+    """Services whose model answers what `write(prompt, choice)` says, a byte a token, and then ends."""
+    model = model or tag_model()
+    written: dict[tuple[str, int], list[int]] = {}
+
+    def token(request: engine_pb2.GenerateRequest, choice: int, index: int) -> int:
+        key = (request.request_id, choice)
+        if key not in written:
+            prompt = model.tokenizer.decode(request.prompt_token_ids)
+            written[key] = [*write(prompt, choice).encode(), EOS_ID]
+        return written[key][index]
+
+    info = fake_model_info(
+        model.name, vocab_size=model.vocab_size, max_model_len=model.max_model_len, eos_token_ids=model.eos_token_ids
+    )
+    async with FakeEngine(info, token=token, faults=faults or Faults()) as engine:
+        ready = asyncio.Event()
+        pool = EnginePool([engine.address], SessionConfig(), random.Random(1), lambda _: ready.set())
+        running = asyncio.create_task(pool.run())
+        try:
+            await ready.wait()
+            ledger, catalog = RecordingLedger(), ModelCatalog([model])
+            dispatcher = Dispatcher(
+                ledger=ledger,
+                pool=pool,
+                catalog=catalog,
+                config=DispatchConfig(cache_secret=b"secret"),
+                metrics=RouterMetrics(CollectorRegistry()),
+            )
+            services = ApiServices(authenticator=FakeAuthenticator(), catalog=catalog, dispatcher=dispatcher)
+            yield EngineRig(services, engine, ledger)
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
 
 
 @asynccontextmanager

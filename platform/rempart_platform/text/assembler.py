@@ -20,21 +20,38 @@ from rempart_platform.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class TextIncrement:
-    """New text with the tokens it completes. `is_stopped`: a stop string ended the output."""
+    """New text with the tokens it completes.
+
+    `ends[i]` is how much of the text the tokens up to i amount to by themselves, half characters left out: token i
+    brings `text[ends[i - 1] : ends[i]]`. `is_stopped`: a stop string ended the output.
+    """
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TextLogprob, ...] = ()
+    ends: tuple[int, ...] = ()
     is_stopped: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.text or self.token_ids)
+
+    def then(self, later: "TextIncrement") -> "TextIncrement":
+        """Both as one."""
+        return TextIncrement(
+            self.text + later.text,
+            self.token_ids + later.token_ids,
+            self.logprobs + later.logprobs,
+            self.ends + tuple(len(self.text) + end for end in later.ends),
+            later.is_stopped,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
     token_id: int
     logprob: TextLogprob | None
+    num_chars: int
+    """Of the output up to this token, without half characters."""
     end: int
     """Number of characters of the output when the token's text is whole."""
 
@@ -73,31 +90,33 @@ class TextAssembler:
 
     def push(self, token_ids: Sequence[int], logprobs: Sequence[TextLogprob] = ()) -> TextIncrement:
         """Takes the next tokens, with one log-probability each or none at all. After a stop string nothing counts."""
+        start = self._num_chars_out
         texts = []
         for position, token_id in enumerate(token_ids):
             if self._is_stopped:
                 break
             texts.append(self._push_token(token_id, logprobs[position] if logprobs else None))
-        return self._increment("".join(texts))
+        return self._increment("".join(texts), start)
 
     def finish(self) -> TextIncrement:
         """What was held back, when no more tokens come: text that did not become a stop string, half characters."""
         if self._is_stopped:
             return TextIncrement(is_stopped=True)
+        start = self._num_chars_out
         rest = self._detokenizer.finish()
         self._num_chars += len(rest)
         text = self._match(rest)
         if not self._is_stopped:
             text += self._matcher.finish()
         self._num_chars_out = self._num_chars
-        return self._increment(text)
+        return self._increment(text, start)
 
     def _push_token(self, token_id: int, logprob: TextLogprob | None) -> str:
         characters = self._detokenizer.push(self._bytes(token_id))
         self._num_chars += len(characters)
         self._num_pushed += 1
         end = self._num_chars + self._detokenizer.has_partial
-        self._pending.append(_Pending(token_id, logprob, end))
+        self._pending.append(_Pending(token_id, logprob, self._num_chars, end))
         if self._num_pushed <= self._min_tokens:
             self._num_chars_out = self._num_chars
             return characters
@@ -117,7 +136,8 @@ class TextAssembler:
         self._is_stopped = True
         return scan.text + scan.stop if self._include_stop else scan.text
 
-    def _increment(self, text: str) -> TextIncrement:
+    def _increment(self, text: str, start: int) -> TextIncrement:
+        """`start`: number of characters of the output before `text`."""
         delivered = []
         while self._pending and (self._is_stopped or self._pending[0].end <= self._num_chars_out):
             delivered.append(self._pending.popleft())
@@ -126,5 +146,6 @@ class TextAssembler:
             text,
             tuple(token.token_id for token in delivered),
             tuple(token.logprob for token in delivered if token.logprob is not None),
+            tuple(min(max(token.num_chars - start, 0), len(text)) for token in delivered),  # a stop string is in no text
             self._is_stopped,
         )
