@@ -146,6 +146,6 @@ class TextAssembler:
             text,
             tuple(token.token_id for token in delivered),
             tuple(token.logprob for token in delivered if token.logprob is not None),
-            tuple(min(max(token.num_chars - start, 0), len(text)) for token in delivered),  # a stop string is in no text
+            tuple(min(token.num_chars - start, len(text)) for token in delivered),  # a stop string is in no text
             self._is_stopped,
         )
