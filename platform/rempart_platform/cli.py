@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from rempart_platform import admin_commands
+from rempart_platform.plan.command import show_plan
 
 app = typer.Typer(
     help="Serve open-weight models to many tenants.",
@@ -117,6 +118,12 @@ def router(context: typer.Context) -> None:
     _become("rempart_platform", context.args)
 
 
+@app.command(context_settings=_PASS_ON)
+def verify(context: typer.Context) -> None:
+    """Check a model's files against a manifest, or write one; see `rempart verify --help`."""
+    _become("rempart_engine.manifest", context.args)
+
+
 @app.command()
 def chat(
     key: Annotated[str, typer.Option(envvar="REMPART_API_KEY", help="The API key.")],
@@ -135,6 +142,7 @@ def chat(
 
 
 app.command("usage")(admin_commands.show_usage)
+app.command("plan")(show_plan)
 
 
 def _program() -> str:
