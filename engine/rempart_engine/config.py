@@ -37,6 +37,12 @@ class EngineConfig:
         default="auto",
         metadata=_help("numbers to compute in; int8: weights and activations of linear layers"),
     )
+    require_manifest: Path | None = field(
+        default=None, metadata=_help("refuse to serve unless the model is as this manifest says (see rempart verify)")
+    )
+    manifest_key: Path | None = field(
+        default=None, metadata=_help("and the manifest is signed by the owner of this ed25519 public key, a PEM file")
+    )
     device: Literal["cpu"] = field(default="cpu", metadata=_help("where to compute"))
     runner: str = field(
         default="rempart_engine.runner:load_runner", metadata=_help("module:callable that loads the model")
@@ -90,6 +96,8 @@ class EngineConfig:
             raise ValueError(f"runner must be module:callable, got {self.runner!r}")
         if not 0.0 <= self.watermark < 1.0:
             raise ValueError(f"watermark must be in [0, 1), got {self.watermark}")
+        if self.manifest_key is not None and self.require_manifest is None:
+            raise ValueError("manifest_key goes with require_manifest")
 
     @classmethod
     def from_args(cls, args: Sequence[str]) -> "EngineConfig":

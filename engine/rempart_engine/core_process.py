@@ -20,6 +20,7 @@ from rempart_engine.core.scheduler_config import SchedulerConfig
 from rempart_engine.engine import EngineLoop
 from rempart_engine.ipc import Configure, CoreChannel, FrontGoneError, LoadFailed, Loading, Ready
 from rempart_engine.logs import set_up_logging
+from rempart_engine.manifest import verify_manifest
 
 EXIT_STOPPED = 0
 EXIT_FAILED = 1
@@ -78,6 +79,9 @@ def _run(channel: CoreChannel) -> int:
 
 
 def _load(config: EngineConfig, on_progress: Callable[[float], None]) -> LoadedModel:
+    if config.require_manifest is not None:
+        num_files = verify_manifest(config.model, config.require_manifest, config.manifest_key)
+        _log.info("model is as its manifest says", extra={"num_files": num_files})
     module, _, name = config.runner.partition(":")
     load = getattr(importlib.import_module(module), name)
     loaded = load(config, on_progress)
