@@ -22,6 +22,7 @@ class StepInputs:
 
     token_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int32, of the token in its sequence
+    token_rows: torch.Tensor  # [T] int32, index among the B sequences
     slots: torch.Tensor  # [T] int64, block id * 64 + offset: where its KV goes
     block_tables: torch.Tensor  # [B, most blocks of a sequence] int32
     tile_rows: torch.Tensor  # [tiles] int32, index among the B sequences
@@ -73,6 +74,7 @@ class RowTable:
         return StepInputs(
             token_ids=torch.from_numpy(self._token_ids[row_of_token, positions]),
             positions=torch.from_numpy(positions.astype(np.int32)),
+            token_rows=torch.from_numpy(sequence.astype(np.int32)),
             slots=torch.from_numpy(blocks * BLOCK_SIZE + positions % BLOCK_SIZE),
             block_tables=torch.from_numpy(self._block_tables[rows, :most_blocks]),
             tile_rows=torch.from_numpy(tile_rows.astype(np.int32)),

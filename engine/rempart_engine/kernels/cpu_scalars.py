@@ -1,6 +1,6 @@
-"""Scalar building blocks of the CPU kernels: bfloat16 as its bits, and an exponential that vectorises.
+"""Scalar building blocks of the CPU kernels: small floats as their bits, and an exponential that vectorises.
 
-A bfloat16 tensor crosses into these kernels as an array of uint16; arithmetic is always float32. Every kernel is
+A bfloat16 tensor crosses into these kernels as an array of uint16, an e4m3 one as uint8; arithmetic is float32. Every kernel is
 compiled with `OPTIONS`: a multiply and an add may be fused, but nothing is reordered, so that a result depends on its
 own row alone and not on its neighbours in the batch (docs/adr/0003-batch-invariance.md).
 """
@@ -24,6 +24,7 @@ numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]  # set at run
 
 _LOG2_E = np.float32(1.0 / math.log(2.0))
 _LN_2_HIGH = np.float32(0.693359375)
+_TWO_TO_120 = np.float32(2.0**120)
 _LN_2_LOW = np.float32(-2.12194440e-4)
 
 
@@ -59,6 +60,8 @@ def load(number: Any) -> Any:
 def _load(number):  # type: ignore[no-untyped-def]
     if number == types.uint16:
         return lambda number: _float_of_bits(np.uint32(number) << np.uint32(16))  # type: ignore[call-arg]  # numba passes the context
+    if number == types.uint8:
+        return lambda number: _float_of_e4m3(number)
     return lambda number: number
 
 
@@ -72,6 +75,28 @@ def _round_to(number, like):  # type: ignore[no-untyped-def]
     if like == types.uint16:
         return lambda number, like: _bfloat16_bits(number)
     return lambda number, like: number
+
+
+@numba.njit(**INLINED)
+def _float_of_e4m3(byte):  # type: ignore[no-untyped-def]
+    """Exponent and fraction put where float32 has them are the value times 2**-120, subnormals too."""
+    bits = np.uint32(byte)
+    magnitude = bits & np.uint32(0x7F)
+    small: Any = _float_of_bits((magnitude << np.uint32(20)) | ((bits & np.uint32(0x80)) << np.uint32(24)))  # type: ignore[call-arg]
+    return np.float32(np.nan) if magnitude == np.uint32(0x7F) else small * _TWO_TO_120
+
+
+@numba.njit(**INLINED)
+def bfloat16_pair(low, high):  # type: ignore[no-untyped-def]
+    """Two float32 rounded to bfloat16, in one uint32."""
+    return np.uint32(_bfloat16_bits(low)) | (np.uint32(_bfloat16_bits(high)) << np.uint32(16))
+
+
+@numba.njit(**INLINED)
+def pair_halves(first, second):  # type: ignore[no-untyped-def]
+    """Of two pairs: the pair of their lower halves, and that of their upper ones."""
+    low = np.uint32((first & np.uint32(0xFFFF)) | (second << np.uint32(16)))
+    return low, np.uint32((first >> np.uint32(16)) | (second & np.uint32(0xFFFF0000)))
 
 
 @numba.njit(**INLINED)
