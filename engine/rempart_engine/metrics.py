@@ -113,6 +113,8 @@ def _core_counters(num_steps: int, counters: Counters) -> Iterator[Metric]:
         ("steps", "Steps done", num_steps),
         ("scheduled_tokens", "Tokens computed, prompt and output", counters.num_scheduled_tokens),
         ("generation_tokens", "Output tokens sampled", counters.num_output_tokens),
+        ("draft_tokens", "Draft tokens verified", counters.num_draft_tokens),
+        ("accepted_draft_tokens", "Draft tokens that became output", counters.num_accepted_draft_tokens),
         ("preemptions", "Sequences that gave their KV blocks back", counters.num_preemptions),
         ("prefix_cache_query_tokens", "Tokens looked for in the prefix cache", counters.num_prefix_cache_query_tokens),
         ("prefix_cache_hit_tokens", "Tokens found in the prefix cache", counters.num_prefix_cache_hit_tokens),

@@ -29,7 +29,7 @@ from rempart_engine.ipc import (
     socket_pair,
 )
 
-_COUNTERS = Counters(1, 2, 3, 4, 5, dict.fromkeys(FinishReason, 6))
+_COUNTERS = Counters(1, 2, 3, 4, 5, 6, 7, dict.fromkeys(FinishReason, 8))
 _LOAD = Load(1, 2, 3, 4, 5, 6, _COUNTERS)
 
 FRONT_MESSAGES: list[FrontMessage] = [

@@ -13,6 +13,8 @@ _COUNTERS = Counters(
     num_prefix_cache_hit_tokens=640,
     num_scheduled_tokens=900,
     num_output_tokens=80,
+    num_draft_tokens=50,
+    num_accepted_draft_tokens=35,
     num_finished=dict.fromkeys(FinishReason, 0),
 )
 _LOAD = Load(
@@ -56,6 +58,8 @@ def test_what_the_core_told_last_is_what_a_scrape_shows() -> None:
         "rempart_engine_kv_usage_ratio": 0.25,
         "rempart_engine_steps_total": 12,
         "rempart_engine_generation_tokens_total": 80,
+        "rempart_engine_draft_tokens_total": 50,
+        "rempart_engine_accepted_draft_tokens_total": 35,
         "rempart_engine_preemptions_total": 3,
         "rempart_engine_prefix_cache_query_tokens_total": 1000,
         "rempart_engine_prefix_cache_hit_tokens_total": 640,

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from rempart_engine.core.request import FinishReason, Request, RequestId, SamplingParams
 from rempart_engine.core.scheduler import Scheduler
 from rempart_engine.core.step import ErrorCode, StepResult, TokenEvent
-from rempart_engine.core.testing import HashModel, SimulatedRunner, make_config, make_request
+from rempart_engine.core.testing import HashModel, SimulatedRunner, make_config, make_request, with_drafts
 
 PREFIXES = ([7] * 12, [7] * 6 + [8] * 6, [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8])
 MAX_MODEL_LEN = 30
@@ -25,6 +25,9 @@ class SchedulerWalk(RuleBasedStateMachine):
         max_step_tokens=st.integers(2, 16),
         watermark=st.sampled_from([0.0, 0.3]),
         enable_prefix_cache=st.booleans(),
+        num_speculative_tokens=st.integers(0, 3),
+        max_speculative_rows=st.integers(1, 5),
+        draft_percent=st.sampled_from([0, 60, 100]),
     )
     def start(
         self,
@@ -34,8 +37,11 @@ class SchedulerWalk(RuleBasedStateMachine):
         max_step_tokens: int,
         watermark: float,
         enable_prefix_cache: bool,
+        num_speculative_tokens: int,
+        max_speculative_rows: int,
+        draft_percent: int,
     ) -> None:
-        self.config = make_config(
+        config = make_config(
             num_blocks=num_blocks,
             block_size=block_size,
             max_num_rows=max_num_rows,
@@ -45,8 +51,9 @@ class SchedulerWalk(RuleBasedStateMachine):
             watermark=watermark,
             enable_prefix_cache=enable_prefix_cache,
         )
+        self.config = with_drafts(config, num_speculative_tokens, max_speculative_rows=max_speculative_rows)
         self.scheduler = Scheduler(self.config)
-        self.runner = SimulatedRunner(self.config)
+        self.runner = SimulatedRunner(self.config, draft_percent=draft_percent)
         self.model = HashModel()
         self.results: deque[StepResult] = deque()
         self.requests: dict[RequestId, Request] = {}
@@ -66,6 +73,9 @@ class SchedulerWalk(RuleBasedStateMachine):
         timeout=st.one_of(st.none(), st.integers(1, 5)),
         cache_salt=st.sampled_from([b"a", b"b"]),
         wants_prompt_logprobs=st.booleans(),
+        wants_logprobs=st.booleans(),
+        presence_penalty=st.sampled_from([0.0, 0.0, 0.0, 1.0]),
+        min_tokens=st.sampled_from([0, 0, 1, 4]),
         num_emitted=st.integers(0, 3),
     )
     def add(
@@ -80,6 +90,9 @@ class SchedulerWalk(RuleBasedStateMachine):
         timeout: int | None,
         cache_salt: bytes,
         wants_prompt_logprobs: bool,
+        wants_logprobs: bool,
+        presence_penalty: float,
+        min_tokens: int,
         num_emitted: int,
     ) -> None:
         name = f"r{len(self.requests)}"
@@ -89,6 +102,9 @@ class SchedulerWalk(RuleBasedStateMachine):
             max_tokens=max_tokens,
             ignore_eos=ignore_eos,
             prompt_logprobs=0 if wants_prompt_logprobs else None,
+            logprobs=0 if wants_logprobs else None,
+            presence_penalty=presence_penalty,
+            min_tokens=min(min_tokens, max_tokens or min_tokens),
         )
         prompt = prefix[:num_shared] + [len(self.requests) % 30 + 1] * num_own
         num_tokens = len(prompt) + (max_tokens or 1)
@@ -193,6 +209,7 @@ class SchedulerWalk(RuleBasedStateMachine):
             output = self.outputs.setdefault(key, [])
             assert event.index == request.num_emitted_tokens + len(output), "indices are contiguous"
             output += event.token_ids
+            assert len(event.logprobs) == (0 if request.sampling.logprobs is None else len(event.token_ids))
             if event.token_ids:
                 wanted = request.sampling.prompt_logprobs is not None and event.choice == 0
                 num_prompt_logprobs = len(request.prompt_token_ids) - 1 if wanted else 0

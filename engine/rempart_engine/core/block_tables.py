@@ -51,6 +51,10 @@ class BlockTables:
         """How many blocks it needs beyond those it has to compute so many more tokens."""
         return self._num_blocks_for(sequence.num_scheduled_tokens + num_new_tokens) - len(sequence.block_ids)
 
+    def num_spare_tokens(self, sequence: Sequence) -> int:
+        """How many tokens its table has room for beyond those that are scheduled."""
+        return len(sequence.block_ids) * self._block_size - sequence.num_scheduled_tokens
+
     def grow(self, sequence: Sequence, count: int) -> tuple[int, ...]:
         """Append so many fresh blocks to its table; the caller made sure that they are free."""
         block_ids = self._take(count)

@@ -17,6 +17,10 @@ class Counters:
     """Those of them that did."""
     num_scheduled_tokens: int
     num_output_tokens: int
+    num_draft_tokens: int
+    """Draft tokens that were verified."""
+    num_accepted_draft_tokens: int
+    """Those of them that became output."""
     num_finished: Mapping[FinishReason, int]
     """Ended choices by reason; refused requests count as ERROR, once each."""
 
@@ -47,6 +51,8 @@ class Tally:
     num_prefix_cache_hit_tokens: int = 0
     num_scheduled_tokens: int = 0
     num_output_tokens: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_draft_tokens: int = 0
     num_finished: dict[FinishReason, int] = field(default_factory=lambda: dict.fromkeys(FinishReason, 0))
 
     def snapshot(self, num_preemptions: int) -> Counters:
@@ -57,5 +63,7 @@ class Tally:
             num_prefix_cache_hit_tokens=self.num_prefix_cache_hit_tokens,
             num_scheduled_tokens=self.num_scheduled_tokens,
             num_output_tokens=self.num_output_tokens,
+            num_draft_tokens=self.num_draft_tokens,
+            num_accepted_draft_tokens=self.num_accepted_draft_tokens,
             num_finished=dict(self.num_finished),
         )

@@ -27,15 +27,34 @@ class PlanDraft:
             )
         )
 
-    def plan(self, sequence: Sequence, num_new_tokens: int, new_block_ids: tuple[int, ...] = ()) -> None:
-        """Compute the next tokens of a running sequence, whose table just grew by `new_block_ids`."""
+    def plan(
+        self,
+        sequence: Sequence,
+        num_new_tokens: int,
+        new_block_ids: tuple[int, ...] = (),
+        num_drafts: int = 0,
+        max_drafts: int = 0,
+    ) -> None:
+        """Compute the next tokens of a running sequence and some of its drafts, and propose others.
+
+        Its table just grew by `new_block_ids`.
+        """
         assert sequence.row is not None, "a running sequence has a row"
         start = sequence.num_scheduled_tokens
         wants_prompt_logprobs = sequence.wants_prompt_logprobs and start < sequence.num_prompt_tokens - 1
-        samples = sequence.schedule(num_new_tokens, self._step)
+        samples = sequence.schedule(num_new_tokens, self._step, num_drafts)
         self.sequences.append(sequence)
         self._rows.append(
-            ScheduledRow(sequence.row, start, num_new_tokens, new_block_ids, samples, wants_prompt_logprobs)
+            ScheduledRow(
+                row=sequence.row,
+                start=start,
+                num_new_tokens=num_new_tokens + num_drafts,
+                new_block_ids=new_block_ids,
+                samples=samples,
+                wants_prompt_logprobs=wants_prompt_logprobs,
+                num_draft_tokens=num_drafts,
+                max_drafts=max_drafts,
+            )
         )
 
     def finish(self) -> StepPlan | None:

@@ -82,6 +82,11 @@ class SamplingParams:
         """The most likely token is taken, without a draw."""
         return self.temperature == 0.0
 
+    @property
+    def has_penalties(self) -> bool:
+        """What was said before changes the likelihood of saying it again."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Request:

@@ -15,7 +15,7 @@ class Runner(Protocol):
 
         A row that fails alone is reported in its `RowResult.error`; an exception means that the whole step failed.
         Plans that were made before the scheduler heard of a failure, an end or an abort still name the row: whatever is
-        computed for it then is dropped.
+        computed for it then is dropped. Drafts never leave the runner: plans and results only count them.
         """
         ...
 
@@ -39,3 +39,5 @@ class LoadedModel:
     """KV blocks that the runner's storage holds; block ids are 0 .. num_blocks - 1."""
     dtype: str
     """What it computes in, for people: "float32", "bfloat16", "int8"."""
+    num_mtp_layers: int = 0
+    """Layers that predict tokens beyond the next one (multi-token prediction): with none it cannot propose drafts."""

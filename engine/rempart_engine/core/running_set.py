@@ -1,6 +1,7 @@
 """Who runs, with which row and KV blocks; who may join, and who gives way when blocks run out."""
 
 from bisect import insort
+from typing import NamedTuple
 
 from rempart_engine.core.block_tables import BlockTables
 from rempart_engine.core.integrity import IntegrityError
@@ -8,6 +9,17 @@ from rempart_engine.core.row_pool import RowPool
 from rempart_engine.core.scheduler_config import SchedulerConfig
 from rempart_engine.core.sequence import Sequence, SequenceState
 from rempart_engine.core.waiting_queue import WaitingQueue
+
+
+class DraftRoom(NamedTuple):
+    """How many drafts a sequence may verify in a step and propose after it, and the blocks it was given for them."""
+
+    new_block_ids: tuple[int, ...]
+    num_drafts: int
+    max_drafts: int
+
+
+_NO_DRAFT_ROOM = DraftRoom((), 0, 0)
 
 
 class RunningSet:
@@ -51,6 +63,22 @@ class RunningSet:
         """New blocks to compute so many tokens. None: it cannot have them now, or had to give way itself."""
         num_lacking = max(0, self.tables.num_lacking(sequence, num_new_tokens))
         return self.tables.grow(sequence, num_lacking) if self._make_room(sequence, num_lacking) else None
+
+    def room_for_drafts(self, sequence: Sequence, num_new_tokens: int, num_drafts: int, max_drafts: int) -> DraftRoom:
+        """Room to verify drafts beside new tokens, whose blocks it has, and then to propose others.
+
+        One free block stays for each running sequence: it may lack one for its next token, and drafts are no reason to
+        preempt it. What has no room is dropped.
+        """
+        if not num_drafts and not max_drafts:
+            return _NO_DRAFT_ROOM
+        num_lacking = self.tables.num_lacking(sequence, num_new_tokens + num_drafts + max(0, max_drafts - 1))
+        num_spared = self.tables.num_free - len(self.sequences)
+        new_block_ids = self.tables.grow(sequence, max(0, min(num_lacking, num_spared)))
+        room = self.tables.num_spare_tokens(sequence) - num_new_tokens
+        num_drafts = min(num_drafts, room)
+        # The first draft is proposed from the last token: only those after it write KV that is not there yet.
+        return DraftRoom(new_block_ids, num_drafts, min(max_drafts, room - num_drafts + 1))
 
     def preempt(self, sequence: Sequence) -> None:
         """Move it from running to waiting; it keeps its tokens and computes them again later."""

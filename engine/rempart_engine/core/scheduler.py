@@ -9,6 +9,9 @@ A prompt is many tokens behind, a decoding sequence one, a resumed one all that 
 
 `schedule()` may be called again before the plan before it was committed: sequences then go on from placeholders for
 tokens that are still being sampled. Plans are executed and committed in the order in which they were made.
+
+A decoding sequence may have drafts verified beside its last token, and a step then brings it several tokens. Drafts are
+an extra: they are planned with budget and blocks that nobody else lacks, and dropped otherwise.
 """
 
 from collections import Counter, deque
@@ -23,6 +26,7 @@ from rempart_engine.core.request import FinishReason, InvalidRequestError, Reque
 from rempart_engine.core.running_set import RunningSet
 from rempart_engine.core.scheduler_config import SchedulerConfig
 from rempart_engine.core.sequence import Sequence, SequenceState
+from rempart_engine.core.speculation import drafts_per_row, num_useful_drafts
 from rempart_engine.core.step import (
     ErrorCode,
     EventError,
@@ -120,13 +124,17 @@ class Scheduler:
         draft = PlanDraft(self._num_plans + 1)
         admission = self._running.next_admission()
         next_waiting = None if admission is None else admission[0]
-        allotted, left = allot_tokens(self._running.sequences, self._config.max_step_tokens, next_waiting)
-        for sequence, num_new_tokens in allotted:
+        max_drafts = drafts_per_row(self._config, len(self._running.sequences))
+        allotted, left = allot_tokens(self._running.sequences, self._config.max_step_tokens, next_waiting, max_drafts)
+        for sequence, num_new_tokens, num_drafts in allotted:
             if sequence.state is not SequenceState.RUNNING or sequence.is_preempting:
                 continue  # it gives way to one before it, in this plan or since an earlier one
             new_block_ids = self._running.grow(sequence, num_new_tokens)
             if new_block_ids is not None:
-                draft.plan(sequence, num_new_tokens, new_block_ids)
+                num_useful = num_useful_drafts(sequence, num_new_tokens, max_drafts)
+                room = self._running.room_for_drafts(sequence, num_new_tokens, num_drafts, num_useful)
+                new_block_ids += room.new_block_ids
+                draft.plan(sequence, num_new_tokens, new_block_ids, room.num_drafts, room.max_drafts)
         self._admit(draft, left)
         return self._launch(draft)
 
@@ -146,7 +154,7 @@ class Scheduler:
         self._num_steps += 1
         events: list[TokenEvent] = []
         for sequence, scheduled, outcome in zip(in_flight.sequences, plan.rows, result.rows, strict=True):
-            sequence.land(scheduled.num_new_tokens, samples=scheduled.samples)
+            sequence.land(scheduled.num_new_tokens - scheduled.num_draft_tokens, samples=scheduled.samples)
             if sequence.state is not SequenceState.ENDED:
                 events += self._commit_row(sequence, scheduled, outcome)
             self._running.land(sequence)
@@ -159,11 +167,13 @@ class Scheduler:
         self._waiting.check_integrity([sequence for sequence in live if sequence.state in waits])
         self._running.check_integrity([sequence for sequence in live if sequence.state is SequenceState.RUNNING])
         in_flight: Counter[Sequence] = Counter()
+        drafts: Counter[Sequence] = Counter()
         for step in self._in_flight:
             for sequence, scheduled in zip(step.sequences, step.plan.rows, strict=True):
-                in_flight[sequence] += scheduled.num_new_tokens
+                in_flight[sequence] += scheduled.num_new_tokens - scheduled.num_draft_tokens
+                drafts[sequence] += scheduled.num_draft_tokens
         for sequence in {*live, *in_flight}:
-            sequence.check_integrity(self._config.block_size, in_flight[sequence])
+            sequence.check_integrity(self._config.block_size, in_flight[sequence], drafts[sequence])
         if not self.has_work and self._running.tables.num_free != self._config.num_blocks:
             raise IntegrityError(f"idle, but only {self._running.tables.num_free} blocks are free")
 
@@ -197,10 +207,13 @@ class Scheduler:
                 sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
                 self._tally.num_prefix_cache_query_tokens += sequence.num_tokens
                 self._tally.num_prefix_cache_hit_tokens += sequence.num_computed_tokens
-            draft.introduce(sequence, row)
             num_new_tokens = min(sequence.num_remaining_tokens, left)
             left -= num_new_tokens
-            draft.plan(sequence, num_new_tokens)
+            max_drafts = drafts_per_row(self._config, len(self._running.sequences))
+            num_useful = num_useful_drafts(sequence, num_new_tokens, max_drafts)
+            room = self._running.room_for_drafts(sequence, num_new_tokens, 0, num_useful)
+            draft.introduce(sequence, row)
+            draft.plan(sequence, num_new_tokens, max_drafts=room.max_drafts)
 
     def _launch(self, draft: PlanDraft) -> StepPlan | None:
         plan = draft.finish()
@@ -212,17 +225,21 @@ class Scheduler:
         return plan
 
     def _commit_row(self, sequence: Sequence, scheduled: ScheduledRow, outcome: RowResult) -> list[TokenEvent]:
-        failure = _failure(sequence, scheduled, outcome)
+        failure = _failure(scheduled, outcome)
         if failure is not None:
             sequence.is_distrusted = True
             return [self._end(sequence, FinishReason.ERROR, EventError(ErrorCode.INTERNAL, failure))]
-        self._running.tables.publish(sequence)
         sequence.prompt_logprobs += outcome.prompt_logprobs
-        if not scheduled.samples:
-            return []
         index = sequence.num_output_tokens
         count, reason = sequence.append(outcome.token_ids)
+        self._running.tables.publish(sequence)
+        if not scheduled.samples:
+            return []
+        if not sequence.is_in_flight:  # else the plan after this one does without drafts, and so they are void
+            sequence.num_ready_drafts = outcome.num_proposed_drafts
         self._tally.num_output_tokens += count
+        self._tally.num_draft_tokens += scheduled.num_draft_tokens
+        self._tally.num_accepted_draft_tokens += count - 1
         event = TokenEvent(
             sequence.request.request_id,
             sequence.choice,
@@ -264,12 +281,14 @@ class Scheduler:
             self._waiting.unpark(sequence.request.request_id)
 
 
-def _failure(sequence: Sequence, scheduled: ScheduledRow, outcome: RowResult) -> str | None:
+def _failure(scheduled: ScheduledRow, outcome: RowResult) -> str | None:
     """What is wrong with the outcome of one row, if anything is."""
     if outcome.error is not None:
         return outcome.error
-    if bool(outcome.token_ids) != scheduled.samples:
-        return f"the runner sampled {len(outcome.token_ids)} tokens where {int(scheduled.samples)} was due"
-    if len(outcome.token_ids) > 1 and sequence.is_in_flight:
-        return "the runner sampled several tokens, but a step in flight goes on from the first"
+    least = int(scheduled.samples)
+    most = least + scheduled.num_draft_tokens
+    if not least <= len(outcome.token_ids) <= most:
+        return f"the runner sampled {len(outcome.token_ids)} tokens where {least} to {most} were due"
+    if not 0 <= outcome.num_proposed_drafts <= scheduled.max_drafts:
+        return f"the runner proposed {outcome.num_proposed_drafts} drafts, the limit is {scheduled.max_drafts}"
     return None

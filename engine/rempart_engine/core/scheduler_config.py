@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+MAX_SPECULATIVE_TOKENS = 3
+"""Drafts beyond the third are accepted too rarely to pay for their computation."""
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
@@ -28,6 +31,10 @@ class SchedulerConfig:
     watermark: float = 0.01
     """Fraction of the pool that admission leaves free, so that the running set can grow before it must preempt."""
     enable_prefix_cache: bool = True
+    num_speculative_tokens: int = 0
+    """Most draft tokens that a row verifies in a step; 0 switches speculation off."""
+    max_speculative_rows: int = 16
+    """With more sequences than this in the running set, no drafts are verified or proposed."""
 
     def __post_init__(self) -> None:
         for name, number, least in (
@@ -38,9 +45,15 @@ class SchedulerConfig:
             ("max_num_waiting", self.max_num_waiting, 1),
             ("vocab_size", self.vocab_size, 1),
             ("block_size", self.block_size, 1),
+            ("num_speculative_tokens", self.num_speculative_tokens, 0),
+            ("max_speculative_rows", self.max_speculative_rows, 1),
         ):
             if number < least:
                 raise ValueError(f"{name} must be at least {least}, got {number}")
+        if self.num_speculative_tokens > MAX_SPECULATIVE_TOKENS:
+            raise ValueError(
+                f"num_speculative_tokens must be at most {MAX_SPECULATIVE_TOKENS}, got {self.num_speculative_tokens}"
+            )
         if not 0.0 <= self.watermark < 1.0:
             raise ValueError(f"watermark must be at least 0 and less than 1, got {self.watermark:g}")
 

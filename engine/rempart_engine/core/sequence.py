@@ -30,6 +30,9 @@ class Sequence:
 
     Tokens are computed in order. In-flight tokens belong to plans whose results are not committed. Placeholders stand
     for tokens that plans in flight will sample: they count as tokens, can be scheduled, but their ids are not known.
+
+    Drafts are guesses at the tokens to come, known to the runner alone. They do not count as tokens. Once they are in
+    flight, nobody knows how many tokens that step will bring, so nothing more can be scheduled before it is committed.
     """
 
     def __init__(
@@ -53,6 +56,9 @@ class Sequence:
         self.num_in_flight_tokens = 0
         self.num_in_flight_steps = 0
         self.num_placeholders = 0
+        self.num_ready_drafts = 0
+        """Drafts that the runner holds for its next step."""
+        self.num_in_flight_drafts = 0
         self.last_step = 0
         """Number of the last plan that had work of this sequence."""
 
@@ -102,9 +108,12 @@ class Sequence:
 
     @property
     def num_remaining_tokens(self) -> int:
-        """Tokens that could be scheduled now; none while the last token it may have is only a placeholder."""
+        """Tokens that could be scheduled now.
+
+        None while the last token it may have is only a placeholder, or drafts are in flight.
+        """
         num_tokens = len(self.token_ids) + self.num_placeholders
-        if num_tokens >= self.max_num_tokens:
+        if num_tokens >= self.max_num_tokens or self.num_in_flight_drafts:
             return 0
         return num_tokens - self.num_computed_tokens - self.num_in_flight_tokens
 
@@ -112,30 +121,46 @@ class Sequence:
     def is_in_flight(self) -> bool:
         return self.num_in_flight_steps > 0
 
-    def schedule(self, num_new_tokens: int, step: int) -> bool:
-        """Put the next tokens in flight; True when that reaches the last token, so that one is sampled after it."""
+    def schedule(self, num_new_tokens: int, step: int, num_drafts: int = 0) -> bool:
+        """Put the next tokens in flight, and with them some of the drafts; the other drafts are void.
+
+        True when that reaches the last token, so that one is sampled after it.
+        """
         self.num_in_flight_tokens += num_new_tokens
         self.num_in_flight_steps += 1
+        self.num_in_flight_drafts = num_drafts
+        self.num_ready_drafts = 0
         self.last_step = step
         samples = self.num_scheduled_tokens == self.num_tokens
         self.num_placeholders += samples
         return samples
 
     def land(self, num_new_tokens: int, *, samples: bool) -> None:
-        """The oldest work in flight is done: its tokens are computed, and what it sampled is about to be appended."""
+        """The oldest work in flight is done: its tokens are computed, and what it sampled is about to be appended.
+
+        Its drafts are no longer in flight: those that became tokens come with `append`.
+        """
+        self.num_in_flight_drafts = 0  # they fly in the only step in flight
         self.num_in_flight_tokens -= num_new_tokens
         self.num_in_flight_steps -= 1
         self.num_computed_tokens += num_new_tokens
         self.num_placeholders -= samples
 
     def append(self, token_ids: tuple[int, ...]) -> tuple[int, FinishReason | None]:
-        """Take sampled tokens up to the one that ends the sequence: how many were taken, and the reason if it ended."""
-        for count, token_id in enumerate(token_ids, start=1):
+        """Take sampled tokens up to the one that ends the sequence: how many were taken, and the reason if it ended.
+
+        All but the last of them were drafts in the step that sampled them, so they are computed.
+        """
+        num_known = len(self.token_ids)
+        reason = None
+        for token_id in token_ids:
             self.token_ids.append(token_id)
             reason = self.finish_reason()
             if reason is not None:
-                return count, reason
-        return len(token_ids), None
+                break
+        count = len(self.token_ids) - num_known
+        self.num_computed_tokens += max(0, count - 1)
+        return count, reason
 
     def finish_reason(self) -> FinishReason | None:
         """Whether the last token, an output token, ends the sequence."""
@@ -155,22 +180,26 @@ class Sequence:
         """Forget what was computed; tokens stay. Nothing may be in flight."""
         assert not self.is_in_flight, "reset with work in flight"
         self.num_computed_tokens = 0
+        self.num_ready_drafts = 0
         self.num_cached_blocks = 0
         self.is_preempting = False
         self.prompt_logprobs.clear()
 
-    def check_integrity(self, block_size: int, num_in_flight_tokens: int) -> None:
-        """Raises IntegrityError when its counts contradict each other, or the tokens of all plans in flight."""
+    def check_integrity(self, block_size: int, num_in_flight_tokens: int, num_in_flight_drafts: int = 0) -> None:
+        """Raises IntegrityError when its counts contradict each other, or what all plans in flight hold of it."""
         holds_work = (
             self.num_in_flight_tokens == num_in_flight_tokens
             and self.is_in_flight == (num_in_flight_tokens > 0)
-            and self.num_scheduled_tokens <= len(self.block_ids) * block_size
+            and self.num_in_flight_drafts == num_in_flight_drafts
+            and self.num_scheduled_tokens + num_in_flight_drafts <= len(self.block_ids) * block_size
             and self.num_cached_blocks * block_size <= self.num_computed_tokens
         )
         holds_tokens = self.state is SequenceState.ENDED or (  # an ended one takes no more tokens from what lands
             0 <= self.num_placeholders <= self.num_in_flight_steps
             and self.num_scheduled_tokens <= self.num_tokens
             and self.num_computed_tokens <= len(self.token_ids)
+            and not (self.num_ready_drafts and (self.is_in_flight or self.state is not SequenceState.RUNNING))
+            and not (self.num_in_flight_drafts and self.num_in_flight_steps > 1)
         )
         if not (holds_work and holds_tokens):
             raise IntegrityError(f"{self!r}: {vars(self)}")

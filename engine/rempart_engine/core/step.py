@@ -31,7 +31,13 @@ class NewRow:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRow:
-    """Work of one row in one step: compute tokens [start, start + num_new_tokens) of its sequence."""
+    """Work of one row in one step: compute tokens [start, start + num_new_tokens) of its sequence.
+
+    The last `num_draft_tokens` of them are drafts: guesses which the runner keeps for the row since the end of the
+    row's previous step (the first so many of those; the others are void, and all are when the number is 0). The runner
+    samples after the last token that is not a draft and after each draft, and keeps the tokens up to the first that
+    differs from the draft in its place: these are what it would have sampled one step at a time.
+    """
 
     row: int
     start: int
@@ -39,8 +45,12 @@ class ScheduledRow:
     new_block_ids: tuple[int, ...]
     """To be appended to the row's block table before computing (empty for a row in `new_rows`)."""
     samples: bool
-    """The work reaches the sequence's last token, so one token is sampled after it."""
+    """The work reaches the sequence's last token, so a token is sampled after it."""
     wants_prompt_logprobs: bool = False
+    num_draft_tokens: int = 0
+    max_drafts: int = 0
+    """How many drafts the runner may propose, after sampling, for the row's next step. The block table has room for the
+    KV that proposing them writes, which reaches up to `max_drafts - 1` tokens beyond the new tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +79,8 @@ class TokenLogprob:
 class RowResult:
     """What a step brought for one row of the plan.
 
-    `token_ids` are the sampled tokens in order: none when the row did not sample, several with speculation.
+    `token_ids` are the sampled tokens in order: none when the row did not sample; else one more than drafts that were
+    accepted (or as many, when the token after the last of them cannot be had now and is left to the next step).
     `error` is set when this row alone failed (for example NaN logits); its sequence ends, the others go on.
     """
 
@@ -80,6 +91,8 @@ class RowResult:
     """For the new tokens of this step that are prompt tokens: the log-probability of the token *after* each of them,
     as far as that is a prompt token too. Concatenated over the steps they cover prompt tokens 1, 2, ..."""
     error: str | None = None
+    num_proposed_drafts: int = 0
+    """Drafts that the runner keeps for the row's next step, at most `max_drafts`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """A model small enough to know by heart, a runner that computes it through KV blocks, and builders for tests."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 from rempart_engine.core.request import FinishReason, Request, RequestId, SamplingParams
@@ -57,19 +57,23 @@ class _Row:
     choice: int
     num_prompt_tokens: int
     block_ids: list[int]
+    drafts: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class SimulatedRunner:
     """Runs `HashModel` with its KV in numbered slots, so that a wrong or stolen block changes the tokens.
 
-    It keeps the contract of `Runner` and insists that the scheduler keeps its side of it.
+    It keeps the contract of `Runner` and insists that the scheduler keeps its side of it. Drafts are right or wrong by
+    a hash; the KV of rejected ones, and what proposing them writes, stays in the slots until it is written over.
     """
 
     config: SchedulerConfig
     model: HashModel = field(default_factory=HashModel)
     failing_rows: set[int] = field(default_factory=set)
     """Rows whose next result is an error."""
+    draft_percent: int = 70
+    """How many of 100 drafts are right."""
     num_computed_tokens: int = 0
     _slots: dict[int, int] = field(default_factory=dict)
     _rows: dict[int, _Row] = field(default_factory=dict)
@@ -98,13 +102,17 @@ class SimulatedRunner:
     def _execute_row(self, scheduled: ScheduledRow) -> RowResult:
         row = self._rows[scheduled.row]
         row.block_ids += scheduled.new_block_ids
-        end = scheduled.start + scheduled.num_new_tokens
+        drafts, row.drafts = row.drafts[: scheduled.num_draft_tokens], []
+        assert len(drafts) == scheduled.num_draft_tokens, "more drafts than the row has"
+        end = scheduled.start + scheduled.num_new_tokens - len(drafts)
         context = [self._slots[self._slot(row, position)] for position in range(scheduled.start)]
-        for position in range(scheduled.start, end):
-            context.append(self.model.kv(context, row.token_ids[position]))
+        known = [*row.token_ids[scheduled.start : end], *drafts]
+        for position, token_id in enumerate(known, start=scheduled.start):
+            context.append(self.model.kv(context, token_id))
             self._slots[self._slot(row, position)] = context[-1]
         self.num_computed_tokens += scheduled.num_new_tokens
         assert scheduled.samples == (end == len(row.token_ids)), "samples exactly after the last token"
+        assert scheduled.samples or not (drafts or scheduled.max_drafts), "drafts where nothing is sampled"
         if scheduled.row in self.failing_rows:
             self.failing_rows.remove(scheduled.row)
             if scheduled.samples:
@@ -116,10 +124,45 @@ class SimulatedRunner:
             prompt_logprobs = tuple(TokenLogprob(-float(position + 1)) for position in range(scheduled.start, stop))
         if not scheduled.samples:
             return RowResult(scheduled.row, prompt_logprobs=prompt_logprobs)
-        token_id = self.model.next_token(context, row.sampling, row.choice)
-        row.token_ids.append(token_id)
-        logprobs = () if row.sampling.logprobs is None else (TokenLogprob(-1.0),)
-        return RowResult(scheduled.row, (token_id,), logprobs, prompt_logprobs)
+        token_ids = self._verify(row, context[:end], drafts)
+        row.token_ids += token_ids
+        self._propose(row, scheduled)
+        logprobs = () if row.sampling.logprobs is None else (TokenLogprob(-1.0),) * len(token_ids)
+        return RowResult(scheduled.row, token_ids, logprobs, prompt_logprobs, num_proposed_drafts=len(row.drafts))
+
+    def _verify(self, row: _Row, context: list[int], drafts: list[int]) -> tuple[int, ...]:
+        """The model's tokens after the context, as long as the drafts before them are right.
+
+        Now and then the last of several is left to the next step.
+        """
+        token_ids = [self.model.next_token(context, row.sampling, row.choice)]
+        for draft in drafts:
+            if draft != token_ids[-1]:
+                break
+            context.append(self.model.kv(context, draft))
+            token_ids.append(self.model.next_token(context, row.sampling, row.choice))
+        if len(token_ids) > 1 and _hash(4, *context) % 5 == 0:
+            token_ids.pop()
+        return tuple(token_ids)
+
+    def _propose(self, row: _Row, scheduled: ScheduledRow) -> None:
+        """Guess what follows the row's tokens; how many guesses, and which are right, is a matter of hashes."""
+        assert scheduled.max_drafts <= self.config.num_speculative_tokens, "more drafts than the limit"
+        assert not (scheduled.max_drafts and row.sampling.has_penalties), "drafts where penalties go token by token"
+        num_output_tokens = len(row.token_ids) - row.num_prompt_tokens
+        assert not scheduled.max_drafts or num_output_tokens >= row.sampling.min_tokens, "drafts before min_tokens"
+        end = scheduled.start + scheduled.num_new_tokens
+        for position in range(end, end + scheduled.max_drafts - 1):
+            self._slots[self._slot(row, position)] = _hash(position)
+        context: list[int] = []
+        for token_id in row.token_ids:
+            context.append(self.model.kv(context, token_id))
+        num_drafts = scheduled.max_drafts if _hash(1, *context) % 4 else _hash(2, *context) % (scheduled.max_drafts + 1)
+        for _ in range(num_drafts):
+            is_right = _hash(3, *context) % 100 < self.draft_percent
+            right = self.model.next_token(context, row.sampling, row.choice)
+            row.drafts.append(right if is_right else (right + 1) % self.model.vocab_size)
+            context.append(self.model.kv(context, row.drafts[-1]))
 
     def _slot(self, row: _Row, position: int) -> int:
         block, offset = divmod(position, self.config.block_size)
@@ -150,6 +193,13 @@ def make_config(
         watermark=watermark,
         enable_prefix_cache=enable_prefix_cache,
     )
+
+
+def with_drafts(
+    config: SchedulerConfig, num_speculative_tokens: int, *, max_speculative_rows: int = 8
+) -> SchedulerConfig:
+    """The same with speculation."""
+    return replace(config, num_speculative_tokens=num_speculative_tokens, max_speculative_rows=max_speculative_rows)
 
 
 def make_request(
