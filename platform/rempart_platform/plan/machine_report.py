@@ -14,7 +14,8 @@ from rempart_platform.plan.bounds import (
 from rempart_platform.plan.fields import UNKNOWN
 from rempart_platform.plan.lines import Line, Section, Unit, write, write_amount
 from rempart_platform.plan.machines import Machine, Support
-from rempart_platform.plan.offload import ASSUMED_HOST_BANDWIDTHS, EXPERT_FORMATS, Offload
+from rempart_platform.plan.offload import Offload
+from rempart_platform.plan.offload_report import offload_lines
 from rempart_platform.plan.placement import (
     MOST_MACHINES,
     Placement,
@@ -46,7 +47,9 @@ def machine_sections(question: Question, machine: Machine, support: Support) -> 
     chosen = _choose(question, machine)
     if question.model.num_experts and (chosen is None or chosen.num_machines > 1):
         title = ": one of it, routed experts in host memory"
-        sections.append(_section("offload", machine, title, _offload(question, machine)))
+        sections.append(
+            _section("offload", machine, title, offload_lines(Offload(question.model, machine, question.setup)))
+        )
     if chosen is not None:
         layouts = placements(question.model, machine, chosen.weight_format, chosen.num_machines, question.setup)
         title = f"{chosen.weight_format} weights on {_how_many(chosen)}"
@@ -159,7 +162,7 @@ def _layouts(question: Question, layouts: Sequence[Placement]) -> tuple[Line, ..
     lines = []
     for each in layouts:
         held, key = each.held, each.sharing.name.lower()
-        text = _outside_experts_text(each)
+        text = each.outside_experts_formula
         if held.experts:
             text += f" + {write_amount(held.experts, 'B')} routed experts"
         lines.append(Line(f"{key}-weights", f"{each.layout}: weights on a GPU", held.total, Unit.BYTES, text))
@@ -167,13 +170,6 @@ def _layouts(question: Question, layouts: Sequence[Placement]) -> tuple[Line, ..
         label = f"{each.layout}: contexts of {question.longest:,}"
         lines.append(Line(f"{key}-contexts", label, contexts, Unit.COUNT, formula))
     return tuple(lines)
-
-
-def _outside_experts_text(placement: Placement) -> str:
-    held = placement.held
-    if placement.num_ranks == 1:
-        return f"{write_amount(held.outside_experts, 'B')} whole"
-    return f"{write_amount(held.whole, 'B')} whole + {write_amount(held.split, 'B')} cut"
 
 
 def _prefill(question: Question, layouts: Sequence[Placement]) -> tuple[Line, ...]:
@@ -196,10 +192,10 @@ def _decode(question: Question, layouts: Sequence[Placement]) -> tuple[Line, ...
     for context in question.contexts:
         most = max(layout.num_contexts(context) for layout in layouts)
         for batch in question.batches or tuple(sorted({each for each in (1, 16, most) if each <= most})):
-            key, label = f"{context}-{batch}", f"Decode step, {batch:,} at {context:,}"
             if batch > most:
                 note = f"does not fit: at most {most:,} sequences at once"
-                lines.append(Line(key, label, None, Unit.SECONDS, "", note))
+                label = f"Decode step, {batch:,} at {context:,}"
+                lines.append(Line(f"{context}-{batch}", label, None, Unit.SECONDS, "", note))
                 continue
             lines += _decode_lines(question, layouts, batch, context)
     return tuple(lines)
@@ -242,71 +238,3 @@ def _bound_lines(question: Question, layout: Placement, key: str, label: str, bo
     text = cost_formula(per_hour, rate, question.utilisation)
     label = f"  {price.currency} per million tokens, at {question.utilisation:.0%}"
     return (*lines, Line(f"{key}-cost", label, cost, Unit.MONEY, text))
-
-
-def _offload(question: Question, machine: Machine) -> tuple[Line, ...]:
-    offload = Offload(question.model, machine, question.setup)
-    gpu_bytes, free = offload.gpu_bytes, offload.gpu_free_bytes
-    memory, overhead = machine.gpu.memory_bytes, question.setup.overhead_bytes
-    lines = [
-        Line(
-            key="gpu",
-            label=f"On each GPU, {offload.gpu_format}",
-            value=gpu_bytes,
-            unit=Unit.BYTES,
-            formula=_outside_experts_text(offload.gpu_placement),
-        ),
-        Line(
-            key="gpu-free",
-            label="left there for caches",
-            value=free,
-            unit=Unit.BYTES,
-            formula=(
-                f"{write_amount(memory, 'B')} - {write_amount(overhead, 'B')} overhead - "
-                f"{write_amount(gpu_bytes, 'B')} weights"
-            ),
-            note="" if free > 0 else "does not fit: not even this way",
-        ),
-    ]
-    if free > 0:
-        for expert_format in EXPERT_FORMATS:
-            lines += _offload_lines(offload, expert_format)
-    return tuple(lines)
-
-
-def _offload_lines(offload: Offload, expert_format: WeightFormat) -> tuple[Line, ...]:
-    model, machine = offload.model, offload.machine
-    host, token = offload.host_bytes(expert_format), offload.token_bytes(expert_format)
-    experts = write_amount(host, "B")
-    room = machine.host_memory_bytes
-    if room is None:
-        fits = "host memory unknown: it needs that and room for the system"
-    elif room < host:
-        fits = f"does not fit in {write_amount(room, 'B')} of host memory"
-    else:
-        fits = f"of {write_amount(room, 'B')}"
-    lines = [Line(f"{expert_format}-host", f"Host memory, {expert_format} experts", host, Unit.BYTES, experts, fits)]
-    if room is not None and room < host:
-        return tuple(lines)
-    share = f"{model.num_experts_per_token} / {model.num_experts}"
-    key, label = f"{expert_format}-traffic", f"  experts read per token, {expert_format}"
-    lines.append(Line(key, label, token, Unit.BYTES, f"{experts} * {share}"))
-    known = machine.host_bandwidth
-    for bandwidth in (known,) if known else ASSUMED_HOST_BANDWIDTHS:
-        key, at = f"{expert_format}-decode-{bandwidth / 1e9:.0f}", f"at {write_amount(bandwidth, 'B/s')} of the host"
-        host_text = f"{write_amount(token, 'B')} / {write_amount(bandwidth, 'B/s')}"
-        gpu_text = f"{write_amount(offload.gpu_read_bytes, 'B')} / {write_amount(machine.gpu.bandwidth, 'B/s')}"
-        note = "" if known else "host bandwidth unknown: this one is assumed"
-        ceiling = offload.host_tokens_per_s(expert_format, bandwidth)
-        rate = offload.decode_tokens_per_s(expert_format, bandwidth)
-        lines += [
-            Line(f"{key}-host", f"  ceiling {at}", ceiling, Unit.TOKENS_PER_SECOND, f"1 / ({host_text})", note),
-            Line(key, "  with the GPU's part", rate, Unit.TOKENS_PER_SECOND, f"1 / ({host_text} + {gpu_text})"),
-        ]
-    seconds, link = offload.pass_seconds(expert_format), machine.gpu.host_link
-    key, label = f"{expert_format}-pass", f"  one prefill pass, {expert_format} experts"
-    if seconds is None or link is None:
-        return (*lines, Line(key, label, None, Unit.SECONDS, "", "host link unknown"))
-    text = f"{experts} / ({machine.num_gpus} * {write_amount(link, 'B/s')})"
-    note = "streams every expert, so a pass should carry many thousands of tokens"
-    return (*lines, Line(key, label, seconds, Unit.SECONDS, text, note))

@@ -155,6 +155,14 @@ class Placement:
             experts=experts * self._most_experts_share(),
         )
 
+    @property
+    def outside_experts_formula(self) -> str:
+        """Of the bytes that a GPU holds beside routed experts."""
+        held = self.held
+        if self.num_ranks == 1:
+            return f"{write_amount(held.outside_experts, 'B')} whole"
+        return f"{write_amount(held.whole, 'B')} whole + {write_amount(held.split, 'B')} cut"
+
     def _most_experts_share(self) -> float:
         if not self.model.num_experts:
             return 0.0
