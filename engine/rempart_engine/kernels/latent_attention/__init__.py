@@ -32,9 +32,7 @@ def latent_attention(
         raise ValueError(f"pool {tuple(pool.shape)} does not fit latents of {latent_dim} and rotary keys of {rope_dim}")
     if not is_fp8 and pool.dtype != latent_queries.dtype:
         raise ValueError(f"types differ: {latent_queries.dtype}, {pool.dtype}")
-    in_bfloat16 = (
-        has_bfloat16_dot() and latent_dim % 2 == rope_dim % 2 == 0 and latent_queries.dtype == torch.bfloat16
-    )
+    in_bfloat16 = has_bfloat16_dot() and latent_dim % 2 == rope_dim % 2 == 0 and latent_queries.dtype == torch.bfloat16
     records = as_array(pool)
     # A short step has few pieces of work: smaller groups of heads, so that every thread gets some.
     group = 2 * TILE_COLUMNS if num_tokens * num_heads > 2 * TILE_COLUMNS * torch.get_num_threads() else TILE_COLUMNS

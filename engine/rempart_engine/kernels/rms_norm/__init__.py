@@ -23,3 +23,8 @@ def add_rms_norm(
     out = torch.empty_like(delta)
     _on_cpu(residual.numpy(), as_array(delta), weight.numpy(), np.float32(eps), as_array(out))
     return out
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm of x [T, W] alone, of its type; weight [W] float32. ValueError as above."""
+    return add_rms_norm(torch.zeros(x.shape), x, weight, eps)

@@ -19,6 +19,7 @@ from rempart_engine.kernels.cpu_tiles import add_product_bfloat16, add_product_f
 SEGMENT_BLOCKS = 32
 """Blocks of one query's keys that are one piece of work."""
 
+
 @cache
 def scores_kernel(dim: int, *, is_fp8: bool, in_bfloat16: bool) -> Callable[..., None]:
     """The kernel for one key size and one kind of page; `in_bfloat16` says how products are computed.

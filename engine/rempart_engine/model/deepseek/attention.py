@@ -1,0 +1,87 @@
+"""Multi-head latent attention in its absorbed form, over the tokens that an indexer chose."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from rempart_engine.inputs import StepInputs
+from rempart_engine.kernels.headwise_linear import HeadwiseLinear
+from rempart_engine.kernels.latent_attention import latent_attention
+from rempart_engine.kernels.latent_cache import store_latents
+from rempart_engine.kernels.rms_norm import rms_norm
+from rempart_engine.kernels.rope import Angles, rotate
+from rempart_engine.kernels.select_tokens import Selection
+from rempart_engine.model.deepseek.config import DeepseekConfig
+from rempart_engine.model.deepseek.indexer import Indexer
+from rempart_engine.model.deepseek.rotary import softmax_scale
+from rempart_engine.model.weights.weight import LinearFactory, Weight
+
+_LATENT_NORM_EPS = 1e-6
+"""Of the norms between low-rank projections, whatever the configuration says of the others."""
+
+
+class LatentAttention(nn.Module):
+    """Keys and values of all heads are one latent a token: k_h = W_UK_h c, v_h = W_UV_h c (DeepSeek-V2, section 2.1).
+
+    W_UK goes to the queries and W_UV to the result, so that attention itself runs on the cached latents.
+    """
+
+    q_norm: torch.Tensor
+    kv_norm: torch.Tensor
+
+    def __init__(
+        self,
+        config: DeepseekConfig,
+        tensors: Mapping[str, Weight],
+        make_linear: LinearFactory,
+        dtype: torch.dtype,
+        indexer: Indexer | None,
+    ) -> None:
+        """Tensors are named as in the checkpoint, below `self_attn.`; without an indexer, another layer's choice is taken."""
+        super().__init__()
+        self._shape = config
+        self._scale = softmax_scale(config)
+        self.indexer = indexer
+        self.q_a = make_linear(tensors["q_a_proj.weight"])
+        self.q_b = make_linear(tensors["q_b_proj.weight"])
+        self.kv_a = make_linear(tensors["kv_a_proj_with_mqa.weight"])
+        self.o = make_linear(tensors["o_proj.weight"])
+        self.register_buffer("q_norm", tensors["q_a_layernorm.weight"].dequantized(torch.float32))
+        self.register_buffer("kv_norm", tensors["kv_a_layernorm.weight"].dequantized(torch.float32))
+        to_heads = tensors["kv_b_proj.weight"].dequantized(dtype).unflatten(0, (config.num_heads, -1))
+        keys, values = to_heads.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)  # [H, D, R] each
+        self.query_to_latent = HeadwiseLinear(keys)
+        self.latent_to_value = HeadwiseLinear(values.transpose(1, 2))
+
+    def forward(
+        self,
+        x: torch.Tensor,  # [T, W]
+        angles: Angles,
+        latent_pool: torch.Tensor,
+        index_pool: torch.Tensor | None,
+        step: StepInputs,
+        selection: Selection | None,
+    ) -> tuple[torch.Tensor, Selection]:  # [T, W]
+        """What the layer adds, and the choice of tokens: its own indexer's, else the one given."""
+        shape = self._shape
+        query_latents = rms_norm(self.q_a(x), self.q_norm, _LATENT_NORM_EPS)
+        queries = self.q_b(query_latents).view(len(x), shape.num_heads, -1)
+        plain, turning = queries.split((shape.qk_nope_head_dim, shape.qk_rope_head_dim), dim=-1)
+        latents, rope_keys = self.kv_a(x).split((shape.kv_lora_rank, shape.qk_rope_head_dim), dim=-1)
+        latents = rms_norm(latents.contiguous(), self.kv_norm, _LATENT_NORM_EPS)
+        rope_keys = rotate(rope_keys[:, None], angles, "interleaved")[:, 0]
+        store_latents(latents, rope_keys, step.slots, latent_pool)
+        if self.indexer is not None:
+            assert index_pool is not None, "a layer with an indexer has index keys"
+            selection = self.indexer(x, query_latents, angles, index_pool, step)
+        assert selection is not None, "the first layer has an indexer"
+        attended = latent_attention(
+            self.query_to_latent(plain),
+            rotate(turning, angles, "interleaved"),
+            latent_pool,
+            step,
+            selection,
+            self._scale,
+        )
+        return self.o(self.latent_to_value(attended).flatten(1)), selection

@@ -1,0 +1,62 @@
+"""The lightning indexer: a small attention whose only result is which tokens the large one sees."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from rempart_engine.inputs import StepInputs
+from rempart_engine.kernels.index_cache import store_index_keys
+from rempart_engine.kernels.packed_linear import PackedLinear
+from rempart_engine.kernels.rope import Angles, rotate
+from rempart_engine.kernels.select_tokens import Selection, select_tokens
+from rempart_engine.model.deepseek.config import DeepseekConfig
+from rempart_engine.model.weights.weight import LinearFactory, Weight
+
+_LAYER_NORM_EPS = 1e-6
+
+
+class Indexer(nn.Module):
+    """Chooses tokens for one layer. Keys and head weights are kept from coarse number formats: the choice is sensitive.
+
+    The reference also multiplies queries and keys by a Hadamard matrix. That changes no product, so it is left out.
+    """
+
+    norm_weight: torch.Tensor
+    norm_bias: torch.Tensor
+
+    def __init__(
+        self,
+        config: DeepseekConfig,
+        tensors: Mapping[str, Weight],
+        make_linear: LinearFactory,
+        dtype: torch.dtype,
+        score_bytes: int,
+    ) -> None:
+        """Tensors are named as in the checkpoint, below `self_attn.indexer.`."""
+        super().__init__()
+        self._shape = config.indexer
+        self._score_bytes = score_bytes
+        self._weight_scale = (config.indexer.num_heads * config.indexer.head_dim) ** -0.5
+        self.q = make_linear(tensors["wq_b.weight"])
+        self.k = PackedLinear(tensors["wk.weight"].dequantized(dtype))
+        self.head_weights = PackedLinear(tensors["weights_proj.weight"].dequantized(torch.float32))
+        self.register_buffer("norm_weight", tensors["k_norm.weight"].dequantized(torch.float32))
+        self.register_buffer("norm_bias", tensors["k_norm.bias"].dequantized(torch.float32))
+
+    def forward(
+        self,
+        x: torch.Tensor,  # [T, W]
+        query_latents: torch.Tensor,  # [T, q_lora_rank], what the layer's queries are made from
+        angles: Angles,
+        pool: torch.Tensor,  # index cache of the layer
+        step: StepInputs,
+    ) -> Selection:
+        layout, num_heads, dim = self._shape.rope, self._shape.num_heads, self._shape.head_dim
+        keys = nn.functional.layer_norm(self.k(x).float(), (dim,), self.norm_weight, self.norm_bias, _LAYER_NORM_EPS)
+        store_index_keys(rotate(keys[:, None], angles, layout)[:, 0], step.slots, pool)
+        if int(step.positions.max()) < self._shape.top_k:
+            return Selection.of_everything(step)
+        queries = rotate(self.q(query_latents).view(-1, num_heads, dim), angles, layout)
+        weights = self.head_weights(x.float()) * self._weight_scale
+        return select_tokens(queries, weights, pool, step, self._shape.top_k, self._score_bytes)
