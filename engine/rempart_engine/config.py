@@ -8,6 +8,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from rempart_engine.core.scheduler_config import MAX_SPECULATIVE_TOKENS
+
 BLOCK_SIZE = 64
 """Tokens per KV block, everywhere."""
 
@@ -63,6 +65,15 @@ class EngineConfig:
     watermark: float = field(default=0.01, metadata=_help("fraction of KV blocks kept free when sequences are let in"))
     enable_prefix_cache: bool = field(default=True, metadata=_help("find KV blocks of equal prefixes again"))
     max_num_waiting: int = field(default=1024, metadata=_help("most requests that wait; more are refused"))
+    num_speculative_tokens: int | None = field(
+        default=None,
+        metadata=_help(
+            "draft tokens that a row verifies in a step, 0 to 3 (default: 1 if the model can draft, else 0)"
+        ),
+    )
+    max_speculative_rows: int = field(
+        default=16, metadata=_help("no drafts are made while more sequences than this run at once")
+    )
 
     max_n: int = field(default=16, metadata=_help("most choices of a request"))
     max_logprobs: int = field(default=20, metadata=_help("most alternatives reported beside a token"))
@@ -98,6 +109,24 @@ class EngineConfig:
             raise ValueError(f"watermark must be in [0, 1), got {self.watermark}")
         if self.manifest_key is not None and self.require_manifest is None:
             raise ValueError("manifest_key goes with require_manifest")
+        if (self.num_speculative_tokens or 0) > MAX_SPECULATIVE_TOKENS:
+            raise ValueError(
+                f"num_speculative_tokens must be at most {MAX_SPECULATIVE_TOKENS}, got {self.num_speculative_tokens}"
+            )
+
+    def num_drafts_with(self, num_mtp_layers: int) -> int:
+        """Draft tokens a row with a model that has so many MTP layers; one layer, applied again, drafts any number.
+
+        Raises:
+            ValueError: drafts are asked for, but the model has nothing to draft with.
+        """
+        if self.num_speculative_tokens is None:
+            return 1 if num_mtp_layers else 0
+        if self.num_speculative_tokens and not num_mtp_layers:
+            raise ValueError(
+                f"num_speculative_tokens is {self.num_speculative_tokens}, but the model has no MTP layer to draft with"
+            )
+        return self.num_speculative_tokens
 
     @classmethod
     def from_args(cls, args: Sequence[str]) -> "EngineConfig":
@@ -114,7 +143,9 @@ class EngineConfig:
             parser.error(str(error))
 
 
-_MAY_BE_ZERO = frozenset({"port", "metrics_port", "watermark", "max_logprobs", "drain_timeout_s"})
+_MAY_BE_ZERO = frozenset(
+    {"port", "metrics_port", "watermark", "max_logprobs", "drain_timeout_s", "num_speculative_tokens"}
+)
 
 
 def _require_in_range(name: str, setting: object) -> None:

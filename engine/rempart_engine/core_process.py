@@ -91,7 +91,11 @@ def _load(config: EngineConfig, on_progress: Callable[[float], None]) -> LoadedM
 
 
 def scheduler_config(config: EngineConfig, loaded: LoadedModel) -> SchedulerConfig:
-    """What the scheduler must know, from what was asked for and what was loaded."""
+    """What the scheduler must know, from what was asked for and what was loaded.
+
+    Raises:
+        ValueError: drafts are asked of a model that cannot make any.
+    """
     return SchedulerConfig(
         num_blocks=loaded.num_blocks,
         block_size=BLOCK_SIZE,
@@ -101,6 +105,8 @@ def scheduler_config(config: EngineConfig, loaded: LoadedModel) -> SchedulerConf
         watermark=config.watermark,
         enable_prefix_cache=config.enable_prefix_cache,
         max_num_waiting=config.max_num_waiting,
+        num_speculative_tokens=config.num_drafts_with(loaded.num_mtp_layers),
+        max_speculative_rows=config.max_speculative_rows,
         eos_token_ids=loaded.eos_token_ids,
         vocab_size=loaded.vocab_size,
     )

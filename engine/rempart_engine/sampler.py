@@ -3,7 +3,8 @@
     raw log-probabilities → bias, allowed ids, min_tokens → penalties → temperature → top-k → top-p → min-p → draw
 
 A row's token is a function of its logits, its parameters and (seed, choice, position): neither the other rows nor
-their number change a bit of it.
+their number change a bit of it. Nor do drafts: one is accepted exactly if it is the token that this function gives in
+its place (docs/adr/0006).
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from rempart_engine.candidates import Filters, at_least, count_thresholds, draw
 from rempart_engine.logprobs import RowLogprobs, row_logprobs
 from rempart_engine.nucleus import first_exceeding, keep_nucleus
 from rempart_engine.philox import uniforms
+from rempart_engine.places import Places
 from rempart_engine.sampling_rows import Rows, SamplingRows
 
 _FIRST_CANDIDATES = 128
@@ -32,26 +34,78 @@ class Sampled:
     """Of those rows that asked for them; None when none did."""
 
 
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """Outcome for P places of R rows, on the device of the logits."""
+
+    sampled: Sampled  # of the places
+    is_kept: torch.Tensor  # [P] bool: the token goes on the row's sequence
+    is_bad: torch.Tensor  # [R] bool: nothing of the row is kept, for not even its first token can be chosen
+
+
 def sample(
     logits: torch.Tensor,  # [R, V] float32 (used as scratch: its contents are lost) or of a smaller type
-    rows: Rows,  # [R], no row twice
+    rows: Rows,  # [R]; a row may come several times, for several positions, if `state.may_repeat` it
     positions: NDArray[np.int64],  # [R], of the token to be sampled, in its sequence
     state: SamplingRows,
 ) -> Sampled:
     """Choose the next token of each row. `state` is read only: `state.append` is told what became of it."""
     logits = logits.float()
-    is_bad = ~logits.amax(dim=1).isfinite()
     wants = np.flatnonzero(state.wants_logprobs[rows])
     raw_logprobs = torch.log_softmax(_selected(logits, wants), dim=1) if len(wants) else None
-    if state.edits(rows):
-        state.edit(logits, rows)
-        is_bad |= ~logits.amax(dim=1).isfinite()
-    token_ids = _choose(logits, is_bad, rows, positions, state)
+    token_ids, is_bad = _edit_and_choose(logits, rows, positions, state)
     logprobs = None
     if raw_logprobs is not None:
         num_top = state.num_top_logprobs[rows[wants]]
         logprobs = row_logprobs(wants, raw_logprobs, token_ids[torch.from_numpy(wants).to(token_ids.device)], num_top)
     return Sampled(token_ids, is_bad, logprobs)
+
+
+def verify(
+    logits: torch.Tensor,  # [P, V], as for `sample`
+    places: Places,  # P places of R rows
+    draft_token_ids: torch.Tensor,  # [P] int64, the draft in each place; of a row's last place it is void
+    state: SamplingRows,
+) -> Verified:
+    """Choose the token of each place, and keep of each row those up to the first that differs from its draft.
+
+    These are the tokens that as many steps without drafts would have chosen, for each was computed after the ones
+    before it. A place after the first where no token can be chosen is left to the next step, as its first.
+    """
+    assert state.may_repeat(places.rows[~places.is_only]), "drafts for rows that sample one token at a time"
+    sampled = sample(logits, places.rows, places.positions, state)
+    device = logits.device
+    row_of_place = torch.from_numpy(places.row_numbers).to(device)
+    is_first = torch.from_numpy(places.is_first).to(device)
+    is_last = torch.from_numpy(places.is_last).to(device)
+    ends = (sampled.token_ids != draft_token_ids) | sampled.is_bad | is_last
+    num_ends_before = ends.cumsum(0) - ends.long()  # among the places of all rows, each of which ends once at least
+    is_reached = num_ends_before == num_ends_before[is_first][row_of_place]
+    return Verified(sampled, is_reached & ~sampled.is_bad, sampled.is_bad[is_first])
+
+
+def draft(
+    logits: torch.Tensor,  # [R, V] of whatever model drafts, as for `sample`
+    rows: Rows,  # [R]
+    positions: NDArray[np.int64],  # [R], of the tokens to be drafted
+    state: SamplingRows,
+) -> torch.Tensor:  # [R] int64
+    """Guess tokens: choose as `sample` does, with the same random numbers, so that like logits give like tokens.
+
+    Where no token can be chosen, the guess is any token.
+    """
+    return _edit_and_choose(logits.float(), rows, positions, state)[0]
+
+
+def _edit_and_choose(
+    logits: torch.Tensor, rows: Rows, positions: NDArray[np.int64], state: SamplingRows
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and whether they are void, both [R], for raw float32 logits, which are scratch."""
+    is_bad = ~logits.amax(dim=1).isfinite()
+    if state.edits(rows):
+        state.edit(logits, rows)
+        is_bad |= ~logits.amax(dim=1).isfinite()
+    return _choose(logits, is_bad, rows, positions, state), is_bad
 
 
 def _choose(

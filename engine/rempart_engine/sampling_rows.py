@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rempart_engine.core.request import InvalidRequestError, SamplingParams
+from rempart_engine.core.request import InvalidRequestError
 from rempart_engine.core.step import NewRow
 from rempart_engine.seen_tokens import RowLists, SeenTokens
 
@@ -78,8 +78,8 @@ class SamplingRows:
         self._start_penalties(row, new)
 
     def append(self, rows: Rows, token_ids: NDArray[np.int64] | torch.Tensor) -> None:
-        """One sampled token for each of the rows, both [R]; no row twice."""
-        self._num_output[rows] += 1
+        """Sampled tokens and their rows, both [R]; a row that came several times in `may_repeat` may do so here."""
+        np.add.at(self._num_output, rows, 1)
         penalised = self._has_penalties[rows]
         if self._seen is not None and penalised.any():
             ids = torch.as_tensor(token_ids, dtype=torch.int64, device=self._device)
@@ -93,6 +93,14 @@ class SamplingRows:
         self._has_bias[row] = False
         self._has_allowed[row] = False
         self._min_tokens[row] = 0
+
+    def may_repeat(self, rows: Rows) -> bool:
+        """Whether each of the rows could be sampled several times in one step, with drafts between.
+
+        Bias and allowed ids edit all logits of a row alike. Penalties depend on each token before, and `min_tokens` on
+        how many there are: what these rows keep is right for the next token only.
+        """
+        return not (self._has_penalties[rows] | self._must_go_on(rows)).any()
 
     def edits(self, rows: Rows) -> bool:
         """Whether `edit` would change anything."""
@@ -138,7 +146,7 @@ class SamplingRows:
         self._repetition[row] = sampling.repetition_penalty
         self._presence[row] = sampling.presence_penalty
         self._frequency[row] = sampling.frequency_penalty
-        self._has_penalties[row] = _has_penalties(sampling)
+        self._has_penalties[row] = sampling.has_penalties
         if self._has_penalties[row]:
             if self._seen is None:
                 self._seen = SeenTokens(self._max_num_rows, self._vocab_size, self._device)
@@ -148,8 +156,3 @@ class SamplingRows:
         for token_id in token_ids:
             if not 0 <= token_id < self._vocab_size:
                 raise InvalidRequestError(f"{name}: {token_id} is outside the vocabulary of {self._vocab_size}")
-
-
-def _has_penalties(sampling: SamplingParams) -> bool:
-    neutral = (1.0, 0.0, 0.0)
-    return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != neutral

@@ -38,6 +38,21 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("asked", "num_mtp_layers", "expected"), [(None, 0, 0), (None, 1, 1), (0, 1, 0), (0, 0, 0), (3, 1, 3), (2, 4, 2)]
+)
+def test_a_model_that_can_draft_does_unless_told_otherwise(
+    asked: int | None, num_mtp_layers: int, expected: int
+) -> None:
+    config = EngineConfig(model=Path("m"), num_speculative_tokens=asked)
+    assert config.num_drafts_with(num_mtp_layers) == expected
+
+
+def test_drafts_asked_of_a_model_that_has_none_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_speculative_tokens is 2, but the model has no MTP layer"):
+        EngineConfig(model=Path("m"), num_speculative_tokens=2).num_drafts_with(0)
+
+
+@pytest.mark.parametrize(
     ("args", "named"),
     [
         ([], "--model"),
@@ -50,6 +65,9 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         (["--model", "m", "--watermark", "1"], "watermark"),
         (["--model", "m", "--step-timeout-s", "nan"], "step_timeout_s"),
         (["--model", "m", "--runner", "nowhere"], "runner"),
+        (["--model", "m", "--num-speculative-tokens", "4"], "num_speculative_tokens"),
+        (["--model", "m", "--num-speculative-tokens", "-1"], "num_speculative_tokens"),
+        (["--model", "m", "--max-speculative-rows", "0"], "max_speculative_rows"),
     ],
 )
 def test_a_bad_flag_is_named_and_refused_with_code_2(

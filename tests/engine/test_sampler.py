@@ -91,8 +91,7 @@ def choose(x: NDArray[np.float32], params: SamplingParams, number: float, top_p:
         if sum(weights[j] for j in kept) < top_p * mass:
             kept.append(i)
     kept = [i for i in kept if weights[i] >= min_p * weights[ranked[0]]]
-    if not params.top_k and params.top_p == 1.0:
-        kept.sort()  # rows that are not ranked draw in the order of ids
+    kept.sort()
     running, target = 0.0, number * sum(weights[i] for i in kept)
     for i in kept:
         running += weights[i]
