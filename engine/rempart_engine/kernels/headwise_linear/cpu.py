@@ -14,7 +14,6 @@ from rempart_engine.kernels.cpu_tiles import TILE_ROWS, add_product_bfloat16, ad
 @cache
 def kernel_for(*, in_bfloat16: bool) -> Callable[..., None]:
     """The kernel for float32 elements, or for pairs of bfloat16."""
-    add_product = add_product_bfloat16 if in_bfloat16 else add_product_float32
 
     @njit(**OPTIONS)
     def headwise_linear(x, weight, y):  # type: ignore[no-untyped-def]
@@ -23,6 +22,9 @@ def kernel_for(*, in_bfloat16: bool) -> Callable[..., None]:
             for token in range(0, x.shape[0], TILE_ROWS):
                 out = y[token : token + TILE_ROWS, head]
                 out[:] = np.float32(0.0)
-                add_product(x[token : token + TILE_ROWS, head], weight[head], out)
+                if in_bfloat16:
+                    add_product_bfloat16(x[token : token + TILE_ROWS, head], weight[head], out)
+                else:
+                    add_product_float32(x[token : token + TILE_ROWS, head], weight[head], out)
 
     return cast(Callable[..., None], headwise_linear)

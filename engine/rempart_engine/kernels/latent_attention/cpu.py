@@ -1,4 +1,4 @@
-"""Attention over latent records on a CPU: online softmax over 64 chosen tokens at a time, all heads of a group together.
+"""Attention over latent records on a CPU: online softmax over 64 chosen tokens at a time, a group of heads together.
 
 All heads share the records, so a tile of 64 is read once for a group of heads that lie side by side in vector lanes:
 
@@ -17,7 +17,7 @@ from numba import njit, prange
 from rempart_engine.config import BLOCK_SIZE
 from rempart_engine.kernels.cpu_scalars import INLINED, OPTIONS, bfloat16_pair, exp, load, pair_halves, round_to
 from rempart_engine.kernels.cpu_tiles import TILE_COLUMNS, add_product_bfloat16, add_product_float32
-from rempart_engine.kernels.latent_cache import GROUP, LatentLayout
+from rempart_engine.kernels.latent_cache import GROUP
 
 _TILE = 64
 """Chosen tokens that are worked on together."""
@@ -48,64 +48,83 @@ def _softmax_tile(scores, num_keys, scale, maxima, sums, factors):  # type: igno
             scores[t, h] = np.float32(0.0)
 
 
+@njit(**INLINED)
+def _read_plain(record, width, key):  # type: ignore[no-untyped-def]
+    for d in range(width):
+        key[d] = load(record[d])
+
+
+@njit(**INLINED)
+def _read_fp8(record, scales, ropes, latent_dim, rope_dim, key):  # type: ignore[no-untyped-def]
+    """An fp8 record, with its float32 and its uint16 view, as float32 numbers."""
+    num_groups = -(-latent_dim // GROUP)
+    for group in range(num_groups):
+        scale = scales[latent_dim // 4 + group]
+        for d in range(group * GROUP, min((group + 1) * GROUP, latent_dim)):
+            key[d] = load(record[d]) * scale
+    first_rope = latent_dim // 2 + 2 * num_groups
+    for d in range(rope_dim):
+        key[latent_dim + d] = load(ropes[first_rope + d])
+
+
+@njit(**INLINED)
+def _read_fp8_in_pairs(record, scales, ropes, latent_dim, rope_dim, key):  # type: ignore[no-untyped-def]
+    """The same as pairs of bfloat16, to which latents round."""
+    num_groups = -(-latent_dim // GROUP)
+    for group in range(num_groups):
+        scale = scales[latent_dim // 4 + group]
+        for d in range(group * GROUP // 2, min((group + 1) * GROUP, latent_dim) // 2):
+            key[d] = bfloat16_pair(load(record[2 * d]) * scale, load(record[2 * d + 1]) * scale)
+    first_rope = latent_dim // 2 + 2 * num_groups
+    for d in range(rope_dim // 2):
+        low, high = ropes[first_rope + 2 * d], ropes[first_rope + 2 * d + 1]
+        key[latent_dim // 2 + d] = np.uint32(low) | (np.uint32(high) << np.uint32(16))
+
+
+@njit(**INLINED)
+def _pair_tokens(keys, latent_width, latents):  # type: ignore[no-untyped-def]
+    """The tile's latents as the right side of the second product, whose pairs are of two tokens, not two dimensions.
+
+    Even dimensions come first, then the odd ones.
+    """
+    for t in range(_TILE // 2):
+        for d in range(latent_width):
+            evens, odds = pair_halves(keys[2 * t, d], keys[2 * t + 1, d])
+            latents[t, d] = evens
+            latents[t, latent_width + d] = odds
+
+
+@njit(**INLINED)
+def _pair_weights(scores, weights):  # type: ignore[no-untyped-def]
+    for t in range(_TILE // 2):
+        for h in range(scores.shape[1]):
+            weights[t, h] = bfloat16_pair(scores[2 * t, h], scores[2 * t + 1, h])
+
+
+@njit(**INLINED)
+def _write(gathered, sums, is_paired, out):  # type: ignore[no-untyped-def]
+    """Results [H, R] of heads from what they gathered; `is_paired`: even dimensions first, then the odd ones."""
+    num_heads, dim = out.shape
+    for h in range(num_heads):
+        for d in range(dim):
+            at = d // 2 + d % 2 * (dim // 2) if is_paired else d
+            out[h, d] = round_to(gathered[h, at] / sums[h], out[h, d])
+
+
 @cache
-def kernel_for(latent_dim: int, rope_dim: int, *, is_fp8: bool, in_bfloat16: bool) -> Callable[..., None]:
+def kernel_for(latent_dim: int, rope_dim: int, *, is_fp8: bool, in_bfloat16: bool) -> Callable[..., None]:  # noqa: C901 -- which format is decided when it is compiled
     """The kernel for one shape and format of records; `in_bfloat16` says how products are computed.
 
     Records of bfloat16 that are multiplied as such come as pairs; all others as what `load` reads.
     """
-    add_product = add_product_bfloat16 if in_bfloat16 else add_product_float32
     per_element = 2 if in_bfloat16 else 1
     key_width = (latent_dim + rope_dim) // per_element
     latent_width = latent_dim // per_element
     out_width = -(-latent_dim // TILE_COLUMNS) * TILE_COLUMNS
     kind = np.uint32 if in_bfloat16 else np.float32
-    layout = LatentLayout(latent_dim, rope_dim) if is_fp8 else None
-    first_scale = latent_dim // 4
-    first_rope = layout.rope_start // 2 if layout is not None else 0
-
-    @njit(**INLINED)
-    def read_record(record, scales, ropes, key):  # type: ignore[no-untyped-def]
-        """One record as a row of keys: float32 numbers or pairs."""
-        if not is_fp8:
-            for d in range(key_width):
-                key[d] = record[d] if in_bfloat16 else load(record[d])
-        elif in_bfloat16:
-            for start in range(0, latent_dim, GROUP):
-                scale = scales[first_scale + start // GROUP]
-                for d in range(start // 2, min(start + GROUP, latent_dim) // 2):
-                    key[d] = bfloat16_pair(load(record[2 * d]) * scale, load(record[2 * d + 1]) * scale)
-            for d in range(rope_dim // 2):
-                low, high = ropes[first_rope + 2 * d], ropes[first_rope + 2 * d + 1]
-                key[latent_width + d] = np.uint32(low) | (np.uint32(high) << np.uint32(16))
-        else:
-            for start in range(0, latent_dim, GROUP):
-                scale = scales[first_scale + start // GROUP]
-                for d in range(start, min(start + GROUP, latent_dim)):
-                    key[d] = load(record[d]) * scale
-            for d in range(rope_dim):
-                key[latent_dim + d] = load(ropes[first_rope + d])
-
-    @njit(**INLINED)
-    def gather_latents(keys, latents):  # type: ignore[no-untyped-def]
-        """The tile's latents as the right side of the second product.
-
-        Pairs must be of two tokens now, not of two dimensions: even dimensions come first, then the odd ones.
-        """
-        for t in range(_TILE // 2):
-            for d in range(latent_width):
-                evens, odds = pair_halves(keys[2 * t, d], keys[2 * t + 1, d])
-                latents[t, d] = evens
-                latents[t, latent_width + d] = odds
-
-    @njit(**INLINED)
-    def weight_pairs(scores, pairs):  # type: ignore[no-untyped-def]
-        for t in range(_TILE // 2):
-            for h in range(scores.shape[1]):
-                pairs[t, h] = bfloat16_pair(scores[2 * t, h], scores[2 * t + 1, h])
 
     @njit(**OPTIONS)
-    def latent_attention(  # type: ignore[no-untyped-def]
+    def latent_attention(  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912 -- formats are branches
         queries,  # [T, groups, R + P, G] float32, or [T, groups, (R + P)/2, G] pairs
         records,  # [N, 64, R + P] elements or pairs, or fp8 records' bytes
         scales,  # [N, 64, ...] float32 view of the fp8 records
@@ -141,25 +160,35 @@ def kernel_for(latent_dim: int, rope_dim: int, *, is_fp8: bool, in_bfloat16: boo
                         position = first + t if sees_all else chosen[token, first + t]
                         block = block_tables[token_rows[token], position // BLOCK_SIZE]
                         offset = position % BLOCK_SIZE
-                        read_record(records[block, offset], scales[block, offset], ropes[block, offset], keys[t])
+                        record = records[block, offset]
+                        if is_fp8 and in_bfloat16:
+                            _read_fp8_in_pairs(
+                                record, scales[block, offset], ropes[block, offset], latent_dim, rope_dim, keys[t]
+                            )
+                        elif is_fp8:
+                            _read_fp8(
+                                record, scales[block, offset], ropes[block, offset], latent_dim, rope_dim, keys[t]
+                            )
+                        else:
+                            _read_plain(record, key_width, keys[t])
                     for t in range(num_keys, _TILE):
                         keys[t, :] = kind(0)
                     scores[:] = np.float32(0.0)
-                    add_product(keys, queries[token, head_group], scores)
+                    if in_bfloat16:
+                        add_product_bfloat16(keys, queries[token, head_group], scores)
+                    else:
+                        add_product_float32(keys, queries[token, head_group], scores)
                     _softmax_tile(scores, num_keys, scale, maxima, sums, factors)
                     for h in range(group):
                         for d in range(out_width):
                             gathered[h, d] *= factors[h]
                     if in_bfloat16:
-                        gather_latents(keys, latents)
-                        weight_pairs(scores, weights)
-                        add_product(weights.T, latents, gathered)
+                        _pair_tokens(keys, latent_width, latents)
+                        _pair_weights(scores, weights)
+                        add_product_bfloat16(weights.T, latents, gathered)
                     else:
-                        add_product(scores.T, keys, gathered)
+                        add_product_float32(scores.T, keys, gathered)
                 first_head = head_group * group
-                for h in range(min(group, out.shape[1] - first_head)):
-                    for d in range(latent_dim):
-                        at = d // 2 + d % 2 * latent_width if in_bfloat16 else d
-                        out[token, first_head + h, d] = round_to(gathered[h, at] / sums[h], out[token, 0, d])
+                _write(gathered, sums, in_bfloat16, out[token, first_head : first_head + group])
 
     return cast(Callable[..., None], latent_attention)

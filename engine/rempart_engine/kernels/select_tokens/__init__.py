@@ -64,17 +64,6 @@ def select_tokens(
         _scores(queries[tokens], weights[tokens], pool, step, tokens, part)
         _choose(part, lengths[tokens], selection, tokens)
     return selection
-    longest = int(lengths.max())
-    num_at_once = max(1, score_bytes // (4 * longest))
-    scores = torch.empty(min(num_at_once, len(needing)), longest)
-    for start in range(0, len(needing), num_at_once):
-        tokens = needing[start : start + num_at_once]
-        part = scores[: len(tokens)]
-        _scores(queries[tokens], weights[tokens], pool, step, tokens, part)
-        chosen = np.empty((len(tokens), top_k), np.int32)
-        _top_k(part.numpy(), lengths[tokens], top_k, torch.get_num_threads(), chosen)
-        selection.positions.numpy()[tokens] = chosen
-    return selection
 
 
 def _scores(
@@ -108,8 +97,7 @@ def _scores(
 def _choose(scores: torch.Tensor, lengths: Tokens, selection: Selection, tokens: Tokens) -> None:
     """Writes the selection of tokens [C] whose scores [C, S] are those before their lengths [C]."""
     num_chosen = selection.positions.shape[1]
-    for row, length in enumerate(lengths.tolist()):
-        scores[row, length:] = -torch.inf
+    scores.masked_fill_(torch.arange(scores.shape[1]) >= torch.from_numpy(lengths)[:, None], -torch.inf)
     thresholds = scores.topk(num_chosen, sorted=False).values.amin(1)
     chosen = np.empty((len(tokens), num_chosen), np.int32)
     counts = np.empty(len(tokens), np.int32)

@@ -20,24 +20,31 @@ SEGMENT_BLOCKS = 32
 """Blocks of one query's keys that are one piece of work."""
 
 
+@njit(**INLINED)
+def _read_fp8_page(page, keys):  # type: ignore[no-untyped-def]
+    dim = keys.shape[1]
+    for t in range(BLOCK_SIZE):
+        for d in range(dim):
+            keys[t, d] = load(page[t * dim + d])
+
+
+@njit(**INLINED)
+def _read_fp8_page_in_pairs(page, keys):  # type: ignore[no-untyped-def]
+    num_pairs = keys.shape[1]
+    for t in range(BLOCK_SIZE):
+        for d in range(num_pairs):
+            at = 2 * (t * num_pairs + d)
+            keys[t, d] = bfloat16_pair(load(page[at]), load(page[at + 1]))
+
+
 @cache
 def scores_kernel(dim: int, *, is_fp8: bool, in_bfloat16: bool) -> Callable[..., None]:
     """The kernel for one key size and one kind of page; `in_bfloat16` says how products are computed.
 
     Pages of plain keys come as what is multiplied, and are read in place; fp8 ones as bytes.
     """
-    add_product = add_product_bfloat16 if in_bfloat16 else add_product_float32
     width = dim // 2 if in_bfloat16 else dim
     kind = np.uint32 if in_bfloat16 else np.float32
-
-    @njit(**INLINED)
-    def read_page(page, keys):  # type: ignore[no-untyped-def]
-        for t in range(BLOCK_SIZE):
-            for d in range(width):
-                if in_bfloat16:
-                    keys[t, d] = bfloat16_pair(load(page[t * dim + 2 * d]), load(page[t * dim + 2 * d + 1]))
-                else:
-                    keys[t, d] = load(page[t * dim + d])
 
     @njit(**OPTIONS)
     def index_scores(  # type: ignore[no-untyped-def]
@@ -61,11 +68,16 @@ def scores_kernel(dim: int, *, is_fp8: bool, in_bfloat16: bool) -> Callable[...,
                 for block in range(first_block, min(first_block + SEGMENT_BLOCKS, num_blocks)):
                     block_id = block_tables[rows[query], block]
                     scores[:] = np.float32(0.0)
-                    if is_fp8:
-                        read_page(pages[block_id], keys)
-                        add_product(keys, queries[query], scores)
+                    if is_fp8 and in_bfloat16:
+                        _read_fp8_page_in_pairs(pages[block_id], keys)
+                        add_product_bfloat16(keys, queries[query], scores)
+                    elif is_fp8:
+                        _read_fp8_page(pages[block_id], keys)
+                        add_product_float32(keys, queries[query], scores)
+                    elif in_bfloat16:
+                        add_product_bfloat16(pages[block_id], queries[query], scores)
                     else:
-                        add_product(pages[block_id], queries[query], scores)
+                        add_product_float32(pages[block_id], queries[query], scores)
                     start = block * BLOCK_SIZE
                     for t in range(min(BLOCK_SIZE, lengths[query] - start)):
                         score = weighted_positive_sum(scores, weights[query], t)

@@ -38,7 +38,7 @@ class LatentAttention(nn.Module):
         dtype: torch.dtype,
         indexer: Indexer | None,
     ) -> None:
-        """Tensors are named as in the checkpoint, below `self_attn.`; without an indexer, another layer's choice is taken."""
+        """Tensors are named as in the checkpoint, below `self_attn.`; without an indexer, a choice must be given."""
         super().__init__()
         self._shape = config
         self._scale = softmax_scale(config)

@@ -280,7 +280,7 @@ def _hf_rope_scaling(rope: Fields) -> YarnScaling | None:
             raise rope.error(name, f"is not known for rope_type {kind}")
     if kind == "default":
         return None
-    scaling = YarnScaling(
+    return YarnScaling(
         factor=rope.number("factor"),
         original_max_position_embeddings=rope.count("original_max_position_embeddings"),
         beta_fast=rope.number("beta_fast", 32.0),
@@ -288,9 +288,6 @@ def _hf_rope_scaling(rope: Fields) -> YarnScaling | None:
         mscale=rope.number("mscale"),
         mscale_all_dim=rope.number("mscale_all_dim"),
     )
-    if scaling.mscale != scaling.mscale_all_dim:  # else cos and sin would carry their ratio
-        raise rope.error("mscale", f"{scaling.mscale} must equal mscale_all_dim = {scaling.mscale_all_dim}")
-    return scaling
 
 
 def _hf_fp8(fields: Fields) -> Fp8Blocks | None:

@@ -71,7 +71,7 @@ class MoE(nn.Module):
         self.shared = GatedMLP(below(tensors, "shared_experts"), make_linear)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, W] -> [T, W]
-        """Tokens are sorted by expert, so that each expert computes once; a token's sum is in the order of expert ids."""
+        """Tokens are sorted by expert, so that each computes once; a token's sum is in the order of expert ids."""
         experts, weights = self.router(x)
         order = experts.flatten().argsort(stable=True)
         counts = experts.flatten().bincount(minlength=len(self.experts)).tolist()

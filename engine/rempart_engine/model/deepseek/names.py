@@ -33,7 +33,20 @@ def expected_tensors(config: DeepseekConfig) -> dict[str, TensorSpec]:
     specs = {"embed_tokens.weight": table}
     for layer in range(config.num_layers + config.num_mtp_layers):
         specs |= {f"layers.{layer}.{name}": spec for name, spec in layer_tensors(config, layer).items()}
+    if config.num_mtp_layers:
+        specs |= {f"layers.{config.num_layers}.{name}": spec for name, spec in mtp_tensors(config).items()}
     return specs | {"norm.weight": TensorSpec((config.hidden_size,)), "lm_head.weight": table}
+
+
+def mtp_tensors(config: DeepseekConfig) -> dict[str, TensorSpec]:
+    """What the MTP layer has beside a layer's tensors, below `layers.{num_layers}.`; without `mtp_copies`."""
+    norm = TensorSpec((config.hidden_size,))
+    return {
+        "enorm.weight": norm,
+        "hnorm.weight": norm,
+        "eh_proj.weight": TensorSpec((config.hidden_size, 2 * config.hidden_size)),
+        "shared_head.norm.weight": norm,
+    }
 
 
 def mtp_copies(config: DeepseekConfig) -> dict[str, str]:
@@ -49,19 +62,15 @@ def mtp_copies(config: DeepseekConfig) -> dict[str, str]:
 
 def layer_tensors(config: DeepseekConfig, layer: int) -> dict[str, TensorSpec]:
     """The tensors of one layer, below `layers.{layer}.`; the layer after the last is the MTP layer."""
-    is_mtp = layer == config.num_layers
     norm = TensorSpec((config.hidden_size,))
     specs = {"input_layernorm.weight": norm, "post_attention_layernorm.weight": norm}
     specs |= _below("self_attn", _attention(config))
-    if is_mtp or config.indexer.is_full[layer]:
+    if layer == config.num_layers or config.indexer.is_full[layer]:
         specs |= _below("self_attn.indexer", _indexer(config))
     if layer < config.num_dense_layers:
         specs |= _below("mlp", _gated(config.hidden_size, config.intermediate_size))
     else:
         specs |= _below("mlp", _mixture(config))
-    if is_mtp:
-        specs |= {"enorm.weight": norm, "hnorm.weight": norm, "shared_head.norm.weight": norm}
-        specs["eh_proj.weight"] = TensorSpec((config.hidden_size, 2 * config.hidden_size))
     return specs
 
 

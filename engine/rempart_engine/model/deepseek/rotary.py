@@ -35,7 +35,7 @@ def _temperature(yarn: YarnScaling, mscale: float) -> float:
 
 
 def _stretched(frequencies: torch.Tensor, yarn: YarnScaling, theta: float) -> torch.Tensor:
-    """YaRN, section 3.2: frequencies of few turns over the original context are divided, of many kept, a ramp between."""
+    """YaRN, section 3.2: frequencies with few turns over the original context are divided, those with many are kept."""
     width = 2 * len(frequencies)
 
     def dimension_of(num_turns: float) -> float:

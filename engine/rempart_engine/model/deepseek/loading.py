@@ -1,0 +1,94 @@
+"""From a DeepSeek folder to a model: weights are read as the layers that hold them are made."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rempart_engine.model.deepseek.config import DeepseekConfig
+from rempart_engine.model.deepseek.linears import converting, keeping_fp8
+from rempart_engine.model.deepseek.model import DEFAULT_SCORE_BYTES, Deepseek, DeepseekLayer
+from rempart_engine.model.deepseek.moe import GatedMLP
+from rempart_engine.model.deepseek.mtp import MTP
+from rempart_engine.model.deepseek.names import expected_tensors, layer_tensors
+from rempart_engine.model.precision import Precision
+from rempart_engine.model.weights.deepseek_folder import DeepseekFolder, StoredWeights, WeightsBelow
+from rempart_engine.model.weights.heap import freed_memory_returned
+from rempart_engine.model.weights.weight import LinearFactory
+
+_EXPERTS = "mlp.experts."
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedDeepseek:
+    """A model, and its MTP layer if there is one and it was asked for."""
+
+    model: Deepseek
+    mtp: MTP | None
+
+
+def load_deepseek(
+    source: DeepseekFolder,
+    precision: Precision,
+    max_model_len: int,
+    on_progress: Callable[[float], None],
+    *,
+    keep_fp8: bool = False,
+    load_mtp: bool = True,
+    score_bytes: int = DEFAULT_SCORE_BYTES,
+) -> LoadedDeepseek:
+    """Read all weights, layer by layer and expert by expert.
+
+    What is made is all that is kept. Beside it there is at most one layer's share of weights as stored, routed experts
+    left out (0.6 GB of DeepSeek-V3.2), or one weight on its way between formats.
+
+    Args:
+        on_progress: told the fraction that is loaded, up to 1.
+        keep_fp8: hold fp8 weights as they are stored, and not as the precision does.
+        load_mtp: read the MTP layer, if there is one.
+        score_bytes: most memory for index scores at a time.
+
+    Raises:
+        ModelError: a tensor cannot be read, or a scale is not a positive number.
+    """
+    config = source.config
+    has_mtp = load_mtp and config.num_mtp_layers > 0
+    weights = source.weights(_counted(config, has_mtp, on_progress))
+    make_linear = keeping_fp8(precision) if keep_fp8 else converting(precision)
+
+    def layer(index: int) -> DeepseekLayer:
+        return _layer(config, index, weights, make_linear, precision, score_bytes)
+
+    with freed_memory_returned():
+        layers = [layer(index) for index in range(config.num_layers)]
+        mtp = None
+        if has_mtp:
+            own = WeightsBelow(weights, f"layers.{config.num_layers}.")
+            mtp = MTP(config, own, layer(config.num_layers), precision.dtype)
+        return LoadedDeepseek(Deepseek(config, layers, weights, precision.dtype, max_model_len), mtp)
+
+
+def _layer(
+    config: DeepseekConfig,
+    index: int,
+    weights: StoredWeights,
+    make_linear: LinearFactory,
+    precision: Precision,
+    score_bytes: int,
+) -> DeepseekLayer:
+    own = WeightsBelow(weights, f"layers.{index}.")
+    num_experts = 0 if index < config.num_dense_layers else config.moe.num_experts
+    experts = [GatedMLP(WeightsBelow(own, f"{_EXPERTS}{number}."), make_linear) for number in range(num_experts)]
+    others = {name: own[name] for name in layer_tensors(config, index) if not name.startswith(_EXPERTS)}
+    return DeepseekLayer(config, index, others, experts, make_linear, precision.dtype, score_bytes)
+
+
+def _counted(config: DeepseekConfig, has_mtp: bool, on_progress: Callable[[float], None]) -> Callable[[str], None]:
+    """Turns names of weights that were read into the fraction that is loaded."""
+    mtp = f"layers.{config.num_layers}."
+    unread = {name for name in expected_tensors(config) if has_mtp or not name.startswith(mtp)}
+    total = len(unread)
+
+    def on_read(name: str) -> None:
+        unread.discard(name)
+        on_progress(1.0 - len(unread) / total)
+
+    return on_read
