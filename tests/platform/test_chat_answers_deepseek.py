@@ -1,6 +1,7 @@
 """chat/reasoning.py, chat/dsml_calls.py and chat/tool_token_calls.py: answers of DeepSeek-V3.2 as they come"""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
@@ -157,6 +158,9 @@ PARAMETERS = {
     "any type as a string": ("any", "true", "1", '{"any": "1"}'),
     "nothing said of a string": ("city", None, "12", '{"city": "12"}'),
     "nothing said of a number": ("days", None, "12", '{"days": 12}'),
+    "nothing, of a type that may be null": ("limit", "false", "", '{"limit": null}'),
+    "nothing, of any type": ("any", "false", "", '{"any": ""}'),
+    "Python's word, of any type": ("any", None, "True", '{"any": "True"}'),
     "unknown parameter": ("x", "true", "1", '{"x": "1"}'),
     "a wrapper": ("arguments", "false", '{"city":"Rome"}', '{"city": "Rome"}'),
     "a wrapper with text": ("input", "true", '{"days": 3}', '{"days": 3}'),
@@ -268,8 +272,7 @@ ANSWERS = {
     "a value without its end, before another call": Answer(
         section('<§invoke name="weather">\n<§parameter name="days" string="false">3\n', INVOKE),
         (CITY_CALL,),
-        '\n\n<§function_calls>\n<§invoke name="weather">\n<§parameter name="days" string="false">3\n\n'
-        "\n</§function_calls>",
+        '\n\n<§function_calls>\n<§invoke name="weather">\n<§parameter name="days" string="false">3\n</§function_calls>',
     ),
     "a call that breaks off in a string": Answer(
         section('<§invoke name="weather">\n<§parameter name="city" string="true">Ro\n</§invoke>'),
@@ -417,16 +420,22 @@ def test_no_split_changes_what_comes_out(data: st.DataObject) -> None:
         *SHORT_NAMES,
     ]
     parser = data.draw(st.sampled_from([v32, thinking, exp, plain]))
-    text = full("".join(data.draw(st.lists(st.sampled_from(fragments), max_size=25))))
+    opening = data.draw(st.sampled_from(["", '<§function_calls><§invoke name="weather">', "[calls][call]now[sep]"]))
+    text = full(opening + "".join(data.draw(st.lists(st.sampled_from(fragments), max_size=25))))
     cuts = [0, *sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8))), len(text)]
 
     parts = parse(parser(), [text])
 
     assert parse(parser(), [text[a:b] for a, b in pairwise(cuts)]) == parts
     assert parse(parser(), text) == parts
+    if not calls_of(parts) and "think>" not in text:
+        assert "".join(part.text for part in parts if not isinstance(part, ToolCallStart)) == text
 
 
-@given(st.text(max_size=80), st.sampled_from([v32, exp, plain]))
+TAG_NAMES = re.compile("think>|function_calls|invoke|｜")
+
+
+@given(st.text(max_size=80).filter(lambda text: not TAG_NAMES.search(text)), st.sampled_from([v32, exp, plain]))
 def test_text_without_tags_is_content_as_it_is(text: str, parser: Callable[[], OutputParser]) -> None:
     assert content_of(parse(parser(), text)) == text
 

@@ -33,6 +33,12 @@ def test_flags_reach_values_at_any_depth() -> None:
     assert (config.session.max_buffered_tokens, config.quota.default_limits.concurrency) == (4, 6)
 
 
+def test_a_models_chat_format_can_be_chosen() -> None:
+    config = RouterConfig.from_args((*ARGS, "--model", "b=/b", "--chat-format", "b=deepseek_v32_speciale"))
+
+    assert [model.chat_format for model in config.models] == [None, "deepseek_v32_speciale"]
+
+
 @pytest.mark.parametrize(
     ("args", "named"),
     [
@@ -49,6 +55,9 @@ def test_flags_reach_values_at_any_depth() -> None:
         ((*ARGS, "--model", "a=/b"), "--model a"),
         ((*ARGS, "--model", "b"), "--model"),
         (("--model", "a=/a", "--engines", "h:1,h"), "'h' is not host:port"),
+        ((*ARGS, "--chat-format", "a=latin"), "'a=latin' is not NAME=FORMAT with a format of chatml"),
+        ((*ARGS, "--chat-format", "chatml"), "'chatml' is not NAME=FORMAT"),
+        ((*ARGS, "--chat-format", "b=chatml"), "--chat-format names b"),
         ((*ARGS, "--quota-cached-token-weight", "2"), "cached_token_weight"),
     ],
 )

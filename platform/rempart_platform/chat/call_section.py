@@ -20,11 +20,8 @@ class CallSection:
 
     def content(self, text: str) -> list[OutputPart]:
         """Text of the answer; its last whitespace waits for what follows."""
-        text = self._held + text
-        end = len(text.rstrip())
-        self._held = text[end:]
-        self._has_call = self._has_call and not end
-        return _content(text[:end])
+        self._has_call = self._has_call and not text.strip()
+        return self._say(text)
 
     def open(self, raw: str) -> None:
         """A section begins with this text."""
@@ -37,10 +34,9 @@ class CallSection:
         self._held += raw
 
     def stray(self, raw: str) -> list[OutputPart]:
-        """Text that has no place here: what was held has become no call."""
-        text, self._held = self._held + raw, ""
+        """Text that has no place here: what was held has become no call. Its last whitespace waits, as above."""
         self._is_content = self._is_content or not self._has_call
-        return _content(text)
+        return self._say(raw)
 
     def take_call(self) -> None:
         """What was held has become a call, or the next piece of one."""
@@ -58,6 +54,12 @@ class CallSection:
         """The text has ended; whitespace behind calls is nothing."""
         text, self._held = self._held, ""
         return [] if self._has_call and not text.strip() else _content(text)
+
+    def _say(self, text: str) -> list[OutputPart]:
+        text = self._held + text
+        end = len(text.rstrip())
+        self._held = text[end:]
+        return _content(text[:end])
 
 
 def _content(text: str) -> list[OutputPart]:

@@ -4,9 +4,9 @@
        ▲                           │       ▲                   │        ▲                     │
        └───── </function_calls> ───┘       └──── </invoke> ────┘        └─── </parameter> ────┘
 
-Each tag may carry the mark or not, and a call may hold one JSON object instead of parameters. What fits nowhere is
-content; a call that was already on its way when that showed breaks off there: its arguments are never closed, so that
-nobody runs it by mistake.
+Each tag may carry the mark or not, and a call may hold one JSON object instead of parameters; a marked call of a known
+tool needs no `function_calls` around it. What fits nowhere is content; a call that was already on its way when that
+showed breaks off there: its arguments are never closed, so that nobody runs it by mistake.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -182,6 +182,6 @@ class DsmlCalls:
         """The call is none, from its beginning or from here on."""
         if isinstance(item, Tag) and item.opens("invoke"):
             return [*self._section.stray(""), *self._begin_call(item)]
-        is_end = isinstance(item, Tag) and item.closes("function_calls")
+        is_end = not self._is_wrapped or (isinstance(item, Tag) and item.closes("function_calls"))
         self._place = self._in_content if is_end else self._between_calls
         return self._section.stray(item.raw)

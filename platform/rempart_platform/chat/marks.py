@@ -47,6 +47,8 @@ class MarkScanner:
 
 def _num_held(text: str, marks: Sequence[str]) -> int:
     """Length of the longest end of `text` that begins a mark."""
-    longest = max(len(mark) for mark in marks) - 1
-    lengths = range(min(longest, len(text)), 0, -1)
-    return next((length for length in lengths if any(mark.startswith(text[-length:]) for mark in marks)), 0)
+    end = text[1 - max(len(mark) for mark in marks) :]
+    if not any(mark[0] in end for mark in marks):
+        return 0
+    lengths = range(len(end), 0, -1)
+    return next((length for length in lengths if any(mark.startswith(end[-length:]) for mark in marks)), 0)

@@ -49,8 +49,7 @@ class ToolSchema:
         if is_string and (not types or "string" in types):
             return write_json(text)
         plain = text.strip()
-        spellings = (plain, plain.lower(), "null" if plain in ("None", "") else plain)
-        fitting = (_fitted(spelling, types) for spelling in spellings)
+        fitting = (_fitted(spelling, types) for spelling in _spellings(plain, types))
         value = next((value for value in fitting if value is not None), None)
         if value is not None:
             return value
@@ -80,6 +79,13 @@ def _types(schema: object) -> frozenset[str]:
         kinds = [_types(choice) for choice in choices]
         return frozenset().union(*kinds) if all(kinds) else frozenset()
     return frozenset()
+
+
+def _spellings(text: str, types: frozenset[str]) -> tuple[str, ...]:
+    """What may be meant, likeliest first; models write Python's words where a schema asks for JSON's."""
+    if not types:
+        return (text,)
+    return (text, text.lower(), "null" if text in ("None", "") else text)
 
 
 def _fitted(text: str, types: frozenset[str]) -> str | None:
