@@ -10,7 +10,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from types import MappingProxyType
@@ -41,6 +41,8 @@ class FakeModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     load_error: str | None = None
     raise_at_step: int | None = None
     hang_at_step: int | None = None
+    num_mtp_layers: int = 0
+    """With some, drafts are proposed, of which three in four are right."""
     failing_token_id: int | None = None
     """A row that computes this token reports an error of its own."""
 
@@ -85,6 +87,7 @@ def load_fake_runner(config: EngineConfig, on_progress: Callable[[float], None])
         eos_token_ids=(model.eos_token_id,),
         num_blocks=num_blocks,
         dtype="none",
+        num_mtp_layers=model.num_mtp_layers,
     )
 
 
@@ -99,6 +102,7 @@ class _Row:
     num_prompt_tokens: int
     sampling: SamplingParams
     choice: int
+    drafts: list[int] = field(default_factory=list)
 
 
 class FakeRunner:
@@ -146,9 +150,13 @@ class FakeRunner:
     def _compute(self, scheduled: ScheduledRow) -> RowResult:
         row = self._rows[scheduled.row]
         row.block_ids += scheduled.new_block_ids
-        end = scheduled.start + scheduled.num_new_tokens
-        self._store(row, scheduled.start, end)
-        self._check_stored(row, end)
+        if scheduled.num_draft_tokens > len(row.drafts):
+            raise BookkeepingError(f"{scheduled.num_draft_tokens} drafts are planned, the row has {len(row.drafts)}")
+        drafts, row.drafts = row.drafts[: scheduled.num_draft_tokens], []
+        end = scheduled.start + scheduled.num_new_tokens - len(drafts)
+        token_ids = [*row.token_ids[:end], *drafts]
+        self._store(row, token_ids, scheduled.start)
+        self._check_stored(row, token_ids)
         if self._model.failing_token_id in row.token_ids[scheduled.start : end]:
             return RowResult(scheduled.row, error="not a number in the logits")
         prompt_logprobs: tuple[TokenLogprob, ...] = ()
@@ -157,23 +165,41 @@ class FakeRunner:
             prompt_logprobs = tuple(_fake_logprob(t, row.sampling.prompt_logprobs or 0) for t in after)
         if not scheduled.samples:
             return RowResult(scheduled.row, prompt_logprobs=prompt_logprobs)
-        token_id = self._sample(row)
-        row.token_ids.append(token_id)
-        logprobs = () if row.sampling.logprobs is None else (_fake_logprob(token_id, row.sampling.logprobs),)
-        return RowResult(scheduled.row, (token_id,), logprobs, prompt_logprobs)
+        sampled = self._verify(row, drafts)
+        row.token_ids += sampled
+        row.drafts = self._guess(row, scheduled.max_drafts)
+        num_top = row.sampling.logprobs
+        logprobs = () if num_top is None else tuple(_fake_logprob(token_id, num_top) for token_id in sampled)
+        return RowResult(scheduled.row, tuple(sampled), logprobs, prompt_logprobs, num_proposed_drafts=len(row.drafts))
 
-    def _sample(self, row: _Row) -> int:
-        if self._model.num_tokens_to_eos is not None and len(row.token_ids) + 1 >= self._model.num_tokens_to_eos:
+    def _verify(self, row: _Row, drafts: list[int]) -> list[int]:
+        """The tokens that follow the row's, up to the first that differs from its draft."""
+        sampled: list[int] = []
+        for draft in (*drafts, None):
+            sampled.append(self._next_token(row, [*row.token_ids, *sampled]))
+            if sampled[-1] != draft:
+                break
+        return sampled
+
+    def _guess(self, row: _Row, count: int) -> list[int]:
+        token_ids = list(row.token_ids)
+        for _ in range(count):
+            right = self._next_token(row, token_ids)
+            token_ids.append(right if right % 4 else (right + 1) % self._model.vocab_size)
+        return token_ids[len(row.token_ids) :]
+
+    def _next_token(self, row: _Row, token_ids: Sequence[int]) -> int:
+        if self._model.num_tokens_to_eos is not None and len(token_ids) + 1 >= self._model.num_tokens_to_eos:
             return self._model.eos_token_id
-        return fake_token(row.sampling.seed or 0, row.choice, row.token_ids, self._model.vocab_size)
+        return fake_token(row.sampling.seed or 0, row.choice, token_ids, self._model.vocab_size)
 
-    def _store(self, row: _Row, start: int, end: int) -> None:
-        for position in range(start, end):
-            self._blocks[row.block_ids[position // BLOCK_SIZE]][position % BLOCK_SIZE] = row.token_ids[position]
+    def _store(self, row: _Row, token_ids: Sequence[int], start: int) -> None:
+        for position in range(start, len(token_ids)):
+            self._blocks[row.block_ids[position // BLOCK_SIZE]][position % BLOCK_SIZE] = token_ids[position]
 
-    def _check_stored(self, row: _Row, end: int) -> None:
-        stored = [self._blocks[row.block_ids[p // BLOCK_SIZE]][p % BLOCK_SIZE] for p in range(end)]
-        if stored != row.token_ids[:end]:
+    def _check_stored(self, row: _Row, token_ids: list[int]) -> None:
+        stored = [self._blocks[row.block_ids[p // BLOCK_SIZE]][p % BLOCK_SIZE] for p in range(len(token_ids))]
+        if stored != token_ids:
             raise BookkeepingError(f"KV blocks {row.block_ids} hold other tokens than their sequence's")
 
 
