@@ -210,7 +210,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (yarn(type="linear"), "rope_scaling: rope_type must be default or yarn, got 'linear'"),
     (yarn(factor=...), "rope_scaling: factor is missing"),
     (yarn(mscale_all_dim=...), "rope_scaling: mscale_all_dim is missing"),
-    (yarn(mscale=0.7), "mscale 0.7 must equal mscale_all_dim = 1.0"),
     (yarn(truncate=False), "rope_scaling: truncate is not known for rope_type yarn"),
     (yarn(attention_factor=1.2), "rope_scaling: attention_factor is not known"),
     (v32(rope_scaling={"type": "default", "factor": 40.0}), "factor is not known for rope_type default"),
