@@ -1,6 +1,7 @@
 """chat/deepseek_v32.py, chat/deepseek_exp.py, chat/turns.py and chat/format.py: what is refused, what is recognised"""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,30 @@ def test_the_parser_sees_the_tags_that_a_tokenizer_hides() -> None:
         ToolCallStart(0, "id0", "now"),
         ToolCallArguments(0, "{}"),
     ]
+
+
+@pytest.mark.parametrize(("name", "is_thinking"), [("deepseek_v32", True), ("deepseek_v32_exp", False)])
+def test_the_tokens_of_an_answer_are_read_back(name: str, is_thinking: bool, tokenizer: Tokenizer) -> None:
+    arguments = ['{"city": "杭州 😀", "days": [1, null]}', "{}"]
+    calls = tuple(ToolCall(str(number), "now", text) for number, text in enumerate(arguments))
+    answer = Message("assistant", "Let me see.", "Hm, 😀." if is_thinking else "", calls)
+    chat_format = CHAT_FORMATS[name](TextModel(tokenizer, None))
+    asked = Conversation((ASK,), tools=(TOOL,), thinking=is_thinking)
+    answered = replace(asked, messages=(ASK, answer, *(Message("tool", "") for _ in calls)))
+    prompt = chat_format.render(asked)
+    token_ids = chat_format.render(answered)[len(prompt) :]
+    token_ids = token_ids[: token_ids.index(tokenizer.special_token_id("<｜end▁of▁sentence｜>"))]
+    assembler, parser = TextAssembler(tokenizer), chat_format.output_parser(asked)
+    assert parser is not None
+
+    texts = [assembler.push([token_id]).text for token_id in token_ids] + [assembler.finish().text]
+    parts = [part for text in texts for part in parser.push(text)] + list(parser.finish())
+
+    assert "".join(part.text for part in parts if isinstance(part, ReasoningText)) == answer.reasoning
+    assert "".join(part.text for part in parts if isinstance(part, ContentText)) == answer.content
+    for number, text in enumerate(arguments):
+        pieces = [part.text for part in parts if isinstance(part, ToolCallArguments) and part.index == number]
+        assert "".join(pieces) == text
 
 
 def test_a_tokenizer_that_shows_the_tags_already_stays_as_it_is(tokenizer: Tokenizer) -> None:
