@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rempart_engine.kernels import fp8_blocks
-from rempart_engine.kernels.fp8_blocks.reference import E4M3_MAX, dequantize_blocks, quantize_blocks
+from rempart_engine.kernels.fp8 import LARGEST
+from rempart_engine.kernels.fp8_blocks.reference import dequantize_blocks, quantize_blocks
 from rempart_engine.kernels.fp8_linear import Fp8Linear
 from rempart_engine.kernels.fp8_linear.reference import fp8_linear
 
@@ -49,8 +50,8 @@ def test_quantizing_uses_the_whole_range_and_no_more(power_of_two: bool) -> None
     weight = torch.randn(70, 33) * 1e-3
     data, scales = quantize_blocks(weight, (16, 16), power_of_two=power_of_two)
     assert scales.shape == (5, 3)
-    assert data.float().abs().max() <= E4M3_MAX
-    assert data.float().abs().max() > E4M3_MAX / (2 if power_of_two else 1.1)
+    assert data.float().abs().max() <= LARGEST
+    assert data.float().abs().max() > LARGEST / (2 if power_of_two else 1.1)
     error = (dequantize_blocks(data, scales, (16, 16)) - weight).abs()
     assert (error <= weight.abs() * 2**-4 + scales.max() * 2**-10).all()  # half a step of 3 bits, or of subnormals
     if power_of_two:

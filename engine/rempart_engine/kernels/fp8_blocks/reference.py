@@ -2,8 +2,7 @@
 
 import torch
 
-E4M3_MAX = 448.0
-"""Largest finite number of float8_e4m3fn."""
+from rempart_engine.kernels.fp8 import LARGEST, e4m3_bytes, power_of_two_scales
 
 
 def dequantize_blocks(
@@ -32,8 +31,8 @@ def quantize_blocks(
     height, width = weight.shape
     padded = torch.nn.functional.pad(weight.float(), (0, -width % columns, 0, -height % rows))
     blocks = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))  # [R', rows, C', columns]
-    scales = blocks.abs().amax((1, 3)).clamp(min=1e-12) / E4M3_MAX
+    scales = blocks.abs().amax((1, 3)).clamp(min=1e-12) / LARGEST
     if power_of_two:
-        scales = scales.log2().ceil().exp2()
-    quantized = (blocks / scales[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX)
-    return quantized.flatten(2, 3).flatten(0, 1)[:height, :width].to(torch.float8_e4m3fn).contiguous(), scales
+        scales = power_of_two_scales(scales)
+    quantized = e4m3_bytes(blocks / scales[:, None, :, None]).view(torch.float8_e4m3fn)
+    return quantized.flatten(2, 3).flatten(0, 1)[:height, :width].contiguous(), scales
