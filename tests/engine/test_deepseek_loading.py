@@ -10,13 +10,18 @@ import pytest
 import torch
 from torch import nn
 
+from rempart_engine.core.request import SamplingParams
+from rempart_engine.core.step import NewRow, ScheduledRow, StepPlan
+from rempart_engine.inputs import RowTable
 from rempart_engine.kernels.fp8_linear import Fp8Linear
 from rempart_engine.kernels.int8_linear import Int8Linear
 from rempart_engine.kernels.packed_linear import PackedLinear
+from rempart_engine.kv_storage import KVStorage
 from rempart_engine.model.deepseek.config import DeepseekConfig, Fp8Blocks
+from rempart_engine.model.deepseek.kv_pools import kv_pools
 from rempart_engine.model.deepseek.loading import load_deepseek
 from rempart_engine.model.deepseek.names import expected_tensors
-from rempart_engine.model.deepseek.testing import TINY, TINY_GLM, write_checkpoint
+from rempart_engine.model.deepseek.testing import TINY, TINY_GLM, oracle, write_checkpoint
 from rempart_engine.model.errors import ModelError
 from rempart_engine.model.precision import precision_named
 from rempart_engine.model.weights.deepseek_folder import DeepseekFolder
@@ -33,14 +38,14 @@ def test_every_weight_is_read_and_progress_ends_at_the_whole(
 ) -> None:
     write_checkpoint(tmp_path, config, num_shards=3)
     told: list[float] = []
-    loaded = load_deepseek(DeepseekFolder(tmp_path), precision_named("float32"), 64, told.append, load_mtp=load_mtp)
+    model = load_deepseek(DeepseekFolder(tmp_path), precision_named("float32"), 64, told.append, load_mtp=load_mtp)
     assert told[-1] == 1.0
     assert told == sorted(told)
     has_mtp = load_mtp and config.num_mtp_layers == 1
-    assert (loaded.mtp is not None) is has_mtp
+    assert (model.mtp is not None) is has_mtp
     specs = expected_tensors(config)
     assert len(set(told)) == sum(1 for name in specs if has_mtp or not name.startswith("layers.3."))
-    assert len(loaded.model.layers) == config.num_layers
+    assert len(model.layers) == config.num_layers
 
 
 @pytest.mark.parametrize(
@@ -57,8 +62,8 @@ def test_projections_are_held_as_asked_for(
 ) -> None:
     write_checkpoint(tmp_path, TINY)
     source = DeepseekFolder(tmp_path)
-    loaded = load_deepseek(source, precision_named(precision), 64, lambda fraction: None, keep_fp8=keep_fp8)
-    kinds = {name: module for name, module in loaded.model.named_modules() if not list(module.children())}
+    model = load_deepseek(source, precision_named(precision), 64, lambda fraction: None, keep_fp8=keep_fp8)
+    kinds = {name: module for name, module in model.named_modules() if not list(module.children())}
     for name in (
         "layers.0.attention.q_a",
         "layers.0.mlp.down",
@@ -67,6 +72,24 @@ def test_projections_are_held_as_asked_for(
     ):
         assert isinstance(kinds[name], kind), name
     assert isinstance(kinds["layers.2.mlp.router.gate"], PackedLinear)
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_GLM], ids=["deepseek", "glm"])
+@pytest.mark.parametrize("keep_fp8", [False, True])
+def test_what_is_loaded_computes_the_numbers_of_the_checkpoint(
+    tmp_path: Path, config: DeepseekConfig, keep_fp8: bool
+) -> None:
+    write_checkpoint(tmp_path, config, num_shards=3)
+    source, precision = DeepseekFolder(tmp_path), precision_named("float32")
+    model = load_deepseek(source, precision, 64, lambda fraction: None, keep_fp8=keep_fp8)
+    token_ids = [(7 * position + 3) % config.vocab_size for position in range(50)]
+    rows = RowTable(1, 64)
+    rows.start(NewRow(0, tuple(token_ids), len(token_ids), SamplingParams(), 0, (0,)))
+    step = rows.inputs(StepPlan(0, (), (ScheduledRow(0, 0, len(token_ids), (), samples=True),)))
+    with torch.inference_mode():
+        hidden = model(step, KVStorage(kv_pools(config, 0, torch.float32), 1))
+        expected = oracle(tmp_path)(torch.tensor([token_ids])).logits[0]
+    torch.testing.assert_close(model.logits(hidden), expected, atol=1e-4, rtol=0)
 
 
 def test_a_bad_scale_ends_the_load_with_its_name(tmp_path: Path) -> None:
@@ -101,7 +124,7 @@ BIG = replace(
 """About 125 MB in fp8, its experts' weights of 2 MiB each and equal, as in the real model."""
 
 LOAD = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 import psutil, torch
 from rempart_engine.model.deepseek.loading import load_deepseek
@@ -113,14 +136,16 @@ def load(folder):
     return load_deepseek(source, precision, 64, lambda fraction: None, keep_fp8=sys.argv[4] == "fp8")
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss, which begins with what the parent held.
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 torch.set_num_threads(1)
 load(sys.argv[1])  # compiles the kernels
 before = psutil.Process().memory_info().rss
-loaded = load(sys.argv[2])
-model = sum(b.numel() * b.element_size() for part in (loaded.model, loaded.mtp) for b in part.buffers())
-print(json.dumps({"model": model, "peak": peak() - before}))
+model = load(sys.argv[2])
+held = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+print(json.dumps({"model": held, "peak": peak() - before}))
 """
 
 
