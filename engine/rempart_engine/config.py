@@ -35,9 +35,15 @@ class EngineConfig:
 
     model: Path = field(metadata=_help("GGUF file or folder of safetensors to serve"))
     served_model_name: str | None = field(default=None, metadata=_help("name to serve the model under"))
-    dtype: Literal["auto", "float32", "bfloat16", "int8"] = field(
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = field(
         default="auto",
-        metadata=_help("numbers to compute in; int8: weights and activations of linear layers"),
+        metadata=_help(
+            "numbers to compute in; int8: weights and activations of linear layers; fp8: weights as in the checkpoint"
+        ),
+    )
+    kv_cache_dtype: Literal["auto", "fp8"] = field(
+        default="auto",
+        metadata=_help("numbers that KV blocks hold; auto: those computed in; fp8: DeepSeek's compact records"),
     )
     require_manifest: Path | None = field(
         default=None, metadata=_help("refuse to serve unless the model is as this manifest says (see rempart verify)")
@@ -62,6 +68,9 @@ class EngineConfig:
         default=None, metadata=_help("KV blocks in the pool (default: as many as kv-cache-bytes holds)")
     )
     kv_cache_bytes: int = field(default=1 << 30, metadata=_help("memory for KV blocks"))
+    index_score_bytes: int = field(
+        default=64 << 20, metadata=_help("memory for index scores; long prompts are scored in pieces that fit it")
+    )
     watermark: float = field(default=0.01, metadata=_help("fraction of KV blocks kept free when sequences are let in"))
     enable_prefix_cache: bool = field(default=True, metadata=_help("find KV blocks of equal prefixes again"))
     max_num_waiting: int = field(default=1024, metadata=_help("most requests that wait; more are refused"))

@@ -48,14 +48,22 @@ class RowTable:
         self._num_blocks[new.row] = 0
         self._append_blocks(new.row, new.block_ids)
 
-    def append_tokens(self, rows: IntArray, token_ids: IntArray) -> None:
-        """One sampled token for each of the rows [R]."""
-        self._token_ids[rows, self._num_tokens[rows]] = token_ids
-        self._num_tokens[rows] += 1
+    def append_tokens(self, rows: IntArray, positions: IntArray, token_ids: IntArray) -> None:
+        """Sampled tokens [R] with their places; those of one row follow its last token in order."""
+        self._token_ids[rows, positions] = token_ids
+        np.add.at(self._num_tokens, rows, 1)
+
+    def write_drafts(self, rows: IntArray, positions: IntArray, token_ids: IntArray) -> None:
+        """Guesses [R] beyond the rows' tokens, which are not theirs until appended."""
+        self._token_ids[rows, positions] = token_ids
 
     def token_ids(self, row: int, start: int, stop: int) -> IntArray:
         """Tokens [start, stop) of a row's sequence, as far as it has them."""
         return self._token_ids[row, start : min(stop, int(self._num_tokens[row]))]
+
+    def token_ids_at(self, rows: IntArray, positions: IntArray) -> IntArray:
+        """What is written in these places [R], tokens or drafts."""
+        return self._token_ids[rows, positions]
 
     def inputs(self, plan: StepPlan) -> StepInputs:
         """Tensors for the plan; new rows must have been started."""
@@ -63,6 +71,13 @@ class RowTable:
             if scheduled.new_block_ids:
                 self._append_blocks(scheduled.row, scheduled.new_block_ids)
         rows, starts, counts = _columns(plan.rows)
+        return self._inputs(rows, starts, counts, _output_tokens(plan.rows, counts))
+
+    def single_inputs(self, rows: IntArray, positions: IntArray) -> StepInputs:
+        """Tensors for one token of each of the rows [R]; all of them are outputs."""
+        return self._inputs(rows, positions, np.ones_like(rows), np.arange(len(rows)))
+
+    def _inputs(self, rows: IntArray, starts: IntArray, counts: IntArray, output_tokens: IntArray) -> StepInputs:
         ends = np.cumsum(counts)
         firsts = ends - counts
         sequence = np.repeat(np.arange(len(rows)), counts)
@@ -80,7 +95,7 @@ class RowTable:
             tile_rows=torch.from_numpy(tile_rows.astype(np.int32)),
             tile_tokens=torch.from_numpy(tile_tokens.astype(np.int32)),
             tile_sizes=torch.from_numpy(tile_sizes.astype(np.int32)),
-            output_tokens=torch.from_numpy(_output_tokens(plan.rows, firsts, ends)),
+            output_tokens=torch.from_numpy(output_tokens),
         )
 
     def _append_blocks(self, row: int, block_ids: Sequence[int]) -> None:
@@ -104,12 +119,16 @@ def cut_into_tiles(firsts: IntArray, counts: IntArray) -> tuple[IntArray, IntArr
     return sequence, firsts[sequence] + offset, np.minimum(TILE_TOKENS, counts[sequence] - offset)
 
 
-def _output_tokens(rows: tuple[ScheduledRow, ...], firsts: IntArray, ends: IntArray) -> IntArray:
-    """The last new token of each row that samples; all new tokens of a row that wants prompt log-probabilities."""
-    if not any(scheduled.wants_prompt_logprobs for scheduled in rows):
-        return ends[[scheduled.samples for scheduled in rows]] - 1
-    wanted = [
-        np.arange(first, end) if scheduled.wants_prompt_logprobs else np.arange(end - scheduled.samples, end)
-        for scheduled, first, end in zip(rows, firsts, ends, strict=True)
-    ]
-    return np.concatenate(wanted)
+def num_outputs(row: ScheduledRow) -> int:
+    """How many of the row's last new tokens have logits: one and its drafts, or all for prompt log-probabilities."""
+    if row.wants_prompt_logprobs:
+        return row.num_new_tokens
+    return row.num_draft_tokens + 1 if row.samples else 0
+
+
+def _output_tokens(rows: tuple[ScheduledRow, ...], counts: IntArray) -> IntArray:
+    """Which of the step's tokens have logits, given how many new tokens [B] each row has."""
+    wanted = np.array([num_outputs(row) for row in rows], np.int64)
+    before = np.cumsum(wanted) - wanted
+    places: IntArray = np.arange(wanted.sum()) + np.repeat(np.cumsum(counts) - wanted - before, wanted)
+    return places

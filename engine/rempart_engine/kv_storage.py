@@ -1,47 +1,56 @@
 """The memory behind the KV blocks."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
-from rempart_engine.config import BLOCK_SIZE
-
 
 @dataclass(frozen=True, slots=True)
-class KVShape:
-    """What one KV block holds."""
+class PoolShape:
+    """One pool of a model: what it keeps per layer and KV block."""
 
+    name: str
     num_layers: int
-    num_kv_heads: int
-    head_dim: int
+    """Layers that have an entry, which need not be all layers of the model."""
+    block_shape: tuple[int, ...]
+    """Of one block of one layer."""
     dtype: torch.dtype
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block over all layers, keys and values."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * BLOCK_SIZE * self.dtype.itemsize
+        """Bytes of one block over all its layers."""
+        return self.num_layers * prod(self.block_shape) * self.dtype.itemsize
 
 
 class KVStorage:
-    """Key and value pools of all layers, indexed by the same block ids. Keys lie transposed inside a block.
+    """All pools of a model, indexed by the same block ids.
 
     Blocks start as zeros, so that whatever a kernel reads beyond a sequence's end is finite.
     """
 
-    def __init__(self, shape: KVShape, num_blocks: int) -> None:
+    def __init__(self, shapes: Sequence[PoolShape], num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        size = (shape.num_layers, num_blocks, shape.num_kv_heads)
-        self._keys = torch.zeros(*size, shape.head_dim, BLOCK_SIZE, dtype=shape.dtype)
-        self._values = torch.zeros(*size, BLOCK_SIZE, shape.head_dim, dtype=shape.dtype)
+        self._pools = {
+            shape.name: torch.zeros(shape.num_layers, num_blocks, *shape.block_shape, dtype=shape.dtype)
+            for shape in shapes
+        }
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pools of one layer: keys [N, Hk, D, 64] and values [N, Hk, 64, D]."""
-        return self._keys[index], self._values[index]
+    def layer(self, name: str, index: int) -> torch.Tensor:
+        """The pool's blocks of one layer, [N, *block_shape]."""
+        return self._pools[name][index]
 
-    def export_blocks(self, block_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of the given blocks, in their order: [L, n, Hk, D, 64] and [L, n, Hk, 64, D]."""
-        return self._keys[:, block_ids], self._values[:, block_ids]
+    def export_blocks(self, block_ids: list[int]) -> dict[str, torch.Tensor]:
+        """Copies of the given blocks, in their order: by pool, [L, n, *block_shape]."""
+        return {name: pool[:, block_ids] for name, pool in self._pools.items()}
 
-    def import_blocks(self, block_ids: list[int], blocks: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def import_blocks(self, block_ids: list[int], blocks: Mapping[str, torch.Tensor]) -> None:
         """Write what `export_blocks` gave, here or on another engine, into the given blocks."""
-        self._keys[:, block_ids], self._values[:, block_ids] = blocks
+        for name, pool in self._pools.items():
+            pool[:, block_ids] = blocks[name]
+
+
+def block_bytes(shapes: Sequence[PoolShape]) -> int:
+    """Bytes of one KV block over all pools."""
+    return sum(shape.block_bytes for shape in shapes)

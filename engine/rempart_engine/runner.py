@@ -1,7 +1,6 @@
 """Computes plans on one device: rows -> tensors -> model -> sampler -> result."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,40 +11,34 @@ from rempart_engine.config import EngineConfig
 from rempart_engine.core.request import SamplingParams
 from rempart_engine.core.runner import LoadedModel
 from rempart_engine.core.step import NewRow, RowResult, ScheduledRow, StepPlan, StepResult, TokenLogprob
-from rempart_engine.inputs import RowTable
-from rempart_engine.kv_storage import KVStorage
+from rempart_engine.drafter import Drafter, Kept
+from rempart_engine.inputs import RowTable, num_outputs
+from rempart_engine.kv_storage import KVStorage, block_bytes
 from rempart_engine.logprobs import prompt_logprobs
 from rempart_engine.model.errors import ModelError
-from rempart_engine.model.llama import Llama, kv_shape
-from rempart_engine.model.loading import load_llama
+from rempart_engine.model.network import Network, load_network
 from rempart_engine.model.precision import precision_named
 from rempart_engine.model.weights.source import open_weights
-from rempart_engine.sampler import Sampled, sample
+from rempart_engine.places import Places, sampling_places
+from rempart_engine.sampler import verify
 from rempart_engine.sampling_rows import SamplingRows
 
 NOT_FINITE = "the model's logits for this request were not finite, or no token was allowed"
 
 
-@dataclass(frozen=True, slots=True)
-class _Sampling:
-    """The rows of a plan that sample, as columns [S]."""
-
-    rows: NDArray[np.int64]
-    positions: NDArray[np.int64]
-
-
 class ModelRunner:
-    """A model, its KV storage and its rows. Implements `core.runner.Runner`."""
+    """A network, its KV storage and its rows. Implements `core.runner.Runner`."""
 
     def __init__(
         self,
-        model: Llama,
+        network: Network,
         storage: KVStorage,
         rows: RowTable,
         sampling: SamplingRows,
         eos_token_ids: tuple[int, ...],
     ) -> None:
-        self._model = model
+        self._model = network.model
+        self._drafter = None if network.drafter is None else Drafter(network.drafter, storage, rows, sampling)
         self._storage = storage
         self._rows = rows
         self._sampling = sampling
@@ -58,17 +51,24 @@ class ModelRunner:
         for new in plan.new_rows:
             self._start(new)
         inputs = self._rows.inputs(plan)
-        logits = self._model(inputs, self._storage)
+        hidden = self._model(inputs, self._storage)
+        logits = self._model.logits(hidden[inputs.output_tokens])
         prompt_logprobs_of_row = self._prompt_logprobs(plan, logits)
-        sampling = _sampling_rows(plan)
-        if not len(sampling.rows):
-            results = [RowResult(row.row, prompt_logprobs=prompt_logprobs_of_row.get(row.row, ())) for row in plan.rows]
-            return StepResult(plan.step, tuple(results))
-        sampled = sample(_last_logits(plan, logits), sampling.rows, sampling.positions, self._sampling)
-        token_ids = sampled.token_ids.cpu().numpy()
-        self._rows.append_tokens(sampling.rows, token_ids)
-        self._sampling.append(sampling.rows, token_ids)
-        return StepResult(plan.step, _row_results(plan, sampled, token_ids, prompt_logprobs_of_row))
+        places = sampling_places(plan.rows)
+        kept = self._sample(_sampled_logits(plan, logits), places) if len(places.rows) else None
+        num_drafts = {} if self._drafter is None else self._drafter.propose(plan, inputs, hidden, places, kept)
+        return StepResult(plan.step, _row_results(plan, places, kept, prompt_logprobs_of_row, num_drafts))
+
+    def _sample(self, logits: torch.Tensor, places: Places) -> Kept:
+        """Tokens for all places; those that go on their sequences are written down."""
+        drafts = torch.from_numpy(self._rows.token_ids_at(places.rows, places.positions))
+        verified = verify(logits, places, drafts, self._sampling)
+        is_kept = verified.is_kept.cpu().numpy()
+        token_ids = verified.sampled.token_ids.cpu().numpy()
+        rows, positions = places.rows[is_kept], places.positions[is_kept]
+        self._rows.append_tokens(rows, positions, token_ids[is_kept])
+        self._sampling.append(rows, token_ids[is_kept])
+        return Kept(token_ids, is_kept, verified.is_bad.cpu().numpy(), verified.sampled.logprobs)
 
     def release_rows(self, rows: Sequence[int]) -> None:
         """Forget what sampling keeps of these rows; their tokens are overwritten when they start again."""
@@ -109,14 +109,14 @@ def load_runner(config: EngineConfig, on_progress: Callable[[float], None]) -> L
     source = open_weights(config.model)
     precision = precision_named(config.dtype)
     max_model_len = min(config.max_model_len or source.config.max_model_len, source.config.max_model_len)
-    model = load_llama(source, precision, max_model_len, on_progress)
-    shape = kv_shape(source.config, precision.dtype)
-    num_blocks = config.num_blocks or config.kv_cache_bytes // shape.block_bytes
+    network = load_network(source, config, precision, max_model_len, on_progress)
+    bytes_per_block = block_bytes(network.pools)
+    num_blocks = config.num_blocks or config.kv_cache_bytes // bytes_per_block
     if num_blocks < 1:
-        raise ModelError(f"kv_cache_bytes={config.kv_cache_bytes} holds no KV block of {shape.block_bytes} bytes")
+        raise ModelError(f"kv_cache_bytes={config.kv_cache_bytes} holds no KV block of {bytes_per_block} bytes")
     runner = ModelRunner(
-        model,
-        KVStorage(shape, num_blocks),
+        network,
+        KVStorage(network.pools, num_blocks),
         RowTable(config.max_num_rows, max_model_len),
         SamplingRows(config.max_num_rows, source.config.vocab_size),
         source.config.eos_token_ids,
@@ -131,6 +131,7 @@ def load_runner(config: EngineConfig, on_progress: Callable[[float], None]) -> L
         eos_token_ids=source.config.eos_token_ids,
         num_blocks=num_blocks,
         dtype=precision.name,
+        num_mtp_layers=int(network.drafter is not None),
     )
 
 
@@ -146,49 +147,42 @@ def _warm_up(runner: ModelRunner) -> None:
     runner.release_rows((0,))
 
 
-def _sampling_rows(plan: StepPlan) -> _Sampling:
-    sampling = [(row.row, row.start + row.num_new_tokens) for row in plan.rows if row.samples]
-    table = np.array(sampling, np.int64).reshape(-1, 2)
-    return _Sampling(table[:, 0], table[:, 1])
-
-
-def _num_outputs(row: ScheduledRow) -> int:
-    """How many of the row's new tokens have logits; `inputs` chose them."""
-    return row.num_new_tokens if row.wants_prompt_logprobs else int(row.samples)
-
-
 def _first_outputs(rows: Sequence[ScheduledRow]) -> NDArray[np.int64]:
     """Where each row's logits begin."""
-    counts = np.array([_num_outputs(row) for row in rows], np.int64)
+    counts = np.array([num_outputs(row) for row in rows], np.int64)
     return np.cumsum(counts) - counts
 
 
-def _last_logits(plan: StepPlan, logits: torch.Tensor) -> torch.Tensor:
-    """Logits after the last token of each row that samples, [S, V]."""
+def _sampled_logits(plan: StepPlan, logits: torch.Tensor) -> torch.Tensor:
+    """Logits of the places where the plan samples, [P, V]."""
     if not any(row.wants_prompt_logprobs for row in plan.rows):
         return logits
-    ends = _first_outputs(plan.rows) + [_num_outputs(row) for row in plan.rows]
-    return logits[torch.from_numpy(ends[[row.samples for row in plan.rows]] - 1)]
+    wanted = [
+        np.arange(first + num_outputs(row) - row.num_draft_tokens - 1, first + num_outputs(row))
+        for row, first in zip(plan.rows, _first_outputs(plan.rows), strict=True)
+        if row.samples
+    ]
+    return logits[torch.from_numpy(np.concatenate(wanted))]
 
 
 def _row_results(
     plan: StepPlan,
-    sampled: Sampled,
-    token_ids: NDArray[np.int64],
+    places: Places,
+    kept: Kept | None,
     prompt_logprobs_of_row: dict[int, tuple[TokenLogprob, ...]],
+    num_drafts: Mapping[int, int],
 ) -> tuple[RowResult, ...]:
-    is_bad = sampled.is_bad.tolist()
-    ids = token_ids.tolist()
-    logprobs = sampled.logprobs.token_logprobs(len(ids)) if sampled.logprobs else [()] * len(ids)
-    results, place = [], 0
+    samples = iter(()) if kept is None else kept.by_row(places)
+    results = []
     for row in plan.rows:
         prompt = prompt_logprobs_of_row.get(row.row, ())
         if not row.samples:
             results.append(RowResult(row.row, prompt_logprobs=prompt))
             continue
-        if is_bad[place]:
+        is_bad, token_ids, logprobs = next(samples)
+        if is_bad:
             results.append(RowResult(row.row, error=NOT_FINITE))
         else:
-            results.append(RowResult(row.row, (ids[place],), logprobs[place], prompt))
-        place += 1
+            drafts = num_drafts.get(row.row, 0)
+            results.append(RowResult(row.row, token_ids, logprobs, prompt, num_proposed_drafts=drafts))
     return tuple(results)

@@ -1,10 +1,9 @@
 """Each compiled kernel against its reference, with hostile inputs."""
 
-import numpy as np
 import pytest
 import torch
 
-from rempart_engine.inputs import StepInputs, cut_into_tiles
+from rempart_engine.inputs import StepInputs
 from rempart_engine.kernels import paged_attention as attention_op
 from rempart_engine.kernels import quantize_rows as quantize_op
 from rempart_engine.kernels import rms_norm as norm_op
@@ -18,6 +17,7 @@ from rempart_engine.kernels.quantize_rows.reference import quantize_rows as refe
 from rempart_engine.kernels.rms_norm.reference import add_rms_norm as reference_norm
 from rempart_engine.kernels.silu_mul.reference import silu_mul as reference_silu
 from rempart_engine.kernels.store_kv.reference import rope_and_store_kv as reference_store
+from rempart_engine.kernels.testing import make_step
 
 BLOCK = 64
 DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.bfloat16, id="bfloat16")]
@@ -31,32 +31,6 @@ STEPS = [
     pytest.param([(100, 100)], id="whole prompt"),
     pytest.param([(130, 17), (1, 1), (64, 64), (300, 5)], id="chunks and decode together"),
 ]
-
-
-def make_step(lengths: list[tuple[int, int]], num_blocks: int) -> StepInputs:
-    """A step of sequences whose blocks lie in random places of the pool."""
-    free = np.random.default_rng(5).permutation(num_blocks)
-    tables = np.zeros((len(lengths), max(-(-context // BLOCK) for context, _ in lengths)), np.int32)
-    taken = 0
-    for row, (context, _) in enumerate(lengths):
-        count = -(-context // BLOCK)
-        tables[row, :count] = free[taken : taken + count]
-        taken += count
-    positions = np.concatenate([np.arange(context - new, context) for context, new in lengths])
-    sequence = np.repeat(np.arange(len(lengths)), [new for _, new in lengths])
-    slots = tables[sequence, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK
-    counts = np.array([new for _, new in lengths])
-    tile_rows, tile_tokens, tile_sizes = cut_into_tiles(np.cumsum(counts) - counts, counts)
-    return StepInputs(
-        token_ids=torch.zeros(len(positions), dtype=torch.int64),
-        positions=torch.from_numpy(positions.astype(np.int32)),
-        slots=torch.from_numpy(slots),
-        block_tables=torch.from_numpy(tables),
-        tile_rows=torch.from_numpy(tile_rows.astype(np.int32)),
-        tile_tokens=torch.from_numpy(tile_tokens.astype(np.int32)),
-        tile_sizes=torch.from_numpy(tile_sizes.astype(np.int32)),
-        output_tokens=torch.zeros(0, dtype=torch.int64),
-    )
 
 
 def make_pools(num_blocks: int, kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,7 +33,7 @@ _ADDRESS = ir.IntType(64)
 _SUMS = ir.VectorType(_FLOAT, _LANES)
 
 
-class _BFloat16(ir.Type):
+class _BFloat16(ir.Type):  # type: ignore[misc]  # llvmlite carries no types
     """LLVM's bfloat, which llvmlite has no name for."""
 
     def _to_string(self) -> str:
@@ -57,7 +57,7 @@ def add_product_float32(a, b, c):  # type: ignore[no-untyped-def]
     """c [M, N] += a [M, K] @ b [K, N]; M a multiple of 8, N of 32. `a` has any strides; K is that of b."""
     for row in range(0, c.shape[0], TILE_ROWS):
         for column in range(0, c.shape[1], TILE_COLUMNS):
-            _add_tile_float32(a, b, c, row, column)
+            _add_tile_float32(a, b, c, row, column)  # type: ignore[call-arg]  # numba passes the context
 
 
 @njit(**INLINED)
@@ -65,7 +65,7 @@ def add_product_bfloat16(a, b, c):  # type: ignore[no-untyped-def]
     """c [M, N] += a [M, K/2] @ b [K/2, N] of pairs; as for float32."""
     for row in range(0, c.shape[0], TILE_ROWS):
         for column in range(0, c.shape[1], TILE_COLUMNS):
-            _add_tile_bfloat16(a, b, c, row, column)
+            _add_tile_bfloat16(a, b, c, row, column)  # type: ignore[call-arg]
 
 
 @intrinsic

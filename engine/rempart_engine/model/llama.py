@@ -5,18 +5,23 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from rempart_engine.config import BLOCK_SIZE
 from rempart_engine.inputs import StepInputs
 from rempart_engine.kernels.paged_attention import paged_attention
 from rempart_engine.kernels.rms_norm import add_rms_norm
 from rempart_engine.kernels.silu_mul import silu_mul
 from rempart_engine.kernels.store_kv import rope_and_store_kv
-from rempart_engine.kv_storage import KVShape, KVStorage
+from rempart_engine.kv_storage import KVStorage, PoolShape
 from rempart_engine.model.config import LlamaConfig
 from rempart_engine.model.rope import cos_sin_tables
 
 Tensors = Mapping[str, torch.Tensor]
 MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], nn.Module]
 """From weight [out, in] and bias [out] to the layer that applies them."""
+
+
+_KEYS = "keys"
+_VALUES = "values"
 
 
 class LlamaLayer(nn.Module):
@@ -54,7 +59,7 @@ class LlamaLayer(nn.Module):
 
 
 class Llama(nn.Module):
-    """Token ids of a step in, logits of its output tokens out."""
+    """Token ids of a step in, hidden states out; `logits` for those that need them."""
 
     embedding: torch.Tensor
     norm: torch.Tensor
@@ -80,19 +85,25 @@ class Llama(nn.Module):
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
 
-    def forward(self, step: StepInputs, storage: KVStorage) -> torch.Tensor:  # [O, V]
+    def forward(self, step: StepInputs, storage: KVStorage) -> torch.Tensor:  # [T, W]
         delta = nn.functional.embedding(step.token_ids, self.embedding)
         residual = torch.zeros(delta.shape)
         for index, layer in enumerate(self.layers):
-            delta = layer(residual, delta, (self.cos, self.sin), storage.layer(index), step)
-        outputs = step.output_tokens
-        logits: torch.Tensor = self.head(add_rms_norm(residual[outputs], delta[outputs], self.norm, self._eps))
-        return logits
+            pools = storage.layer(_KEYS, index), storage.layer(_VALUES, index)
+            delta = layer(residual, delta, (self.cos, self.sin), pools, step)
+        return add_rms_norm(residual, delta, self.norm, self._eps)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:  # [O, W] -> [O, V]
+        return self.head(hidden)  # type: ignore[no-any-return]  # nn.Module's call
 
 
-def kv_shape(config: LlamaConfig, dtype: torch.dtype) -> KVShape:
-    """What this model keeps per KV block."""
-    return KVShape(config.num_layers, config.num_kv_heads, config.head_dim, dtype)
+def kv_pools(config: LlamaConfig, dtype: torch.dtype) -> tuple[PoolShape, PoolShape]:
+    """What this model keeps per KV block. Keys lie transposed inside a block."""
+    heads, dim = config.num_kv_heads, config.head_dim
+    return (
+        PoolShape(_KEYS, config.num_layers, (heads, dim, BLOCK_SIZE), dtype),
+        PoolShape(_VALUES, config.num_layers, (heads, BLOCK_SIZE, dim), dtype),
+    )
 
 
 def _fused(tensors: Tensors, names: tuple[str, ...], make_linear: MakeLinear) -> nn.Module:

@@ -17,6 +17,8 @@ class Precision:
     dtype: torch.dtype
     """Of activations and the KV cache."""
     make_linear: MakeLinear
+    keeps_fp8: bool = False
+    """Weights that a checkpoint holds in fp8 stay in it."""
 
 
 _BY_NAME = {
@@ -25,6 +27,7 @@ _BY_NAME = {
         Precision("float32", torch.float32, PackedLinear),
         Precision("bfloat16", torch.bfloat16, PackedLinear),
         Precision("int8", torch.bfloat16, Int8Linear),
+        Precision("fp8", torch.bfloat16, PackedLinear, keeps_fp8=True),
     )
 }
 

@@ -7,7 +7,7 @@ it, and for as many equal ones as are missing, the earliest first.
 
 from collections.abc import Callable
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numba import njit, prange
@@ -80,7 +80,7 @@ def scores_kernel(dim: int, *, is_fp8: bool, in_bfloat16: bool) -> Callable[...,
                         add_product_float32(pages[block_id], queries[query], scores)
                     start = block * BLOCK_SIZE
                     for t in range(min(BLOCK_SIZE, lengths[query] - start)):
-                        score = weighted_positive_sum(scores, weights[query], t)
+                        score: Any = weighted_positive_sum(scores, weights[query], t)  # type: ignore[call-arg]  # numba
                         out[query, start + t] = score * scales[block_id, BLOCK_SIZE * dim // 4 + t] if is_fp8 else score
 
     return cast(Callable[..., None], index_scores)

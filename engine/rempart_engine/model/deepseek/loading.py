@@ -1,11 +1,11 @@
 """From a DeepSeek folder to a model: weights are read as the layers that hold them are made."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from rempart_engine.model.deepseek.config import DeepseekConfig
+from rempart_engine.model.deepseek.layer import DEFAULT_SCORE_BYTES, DeepseekLayer
 from rempart_engine.model.deepseek.linears import converting, keeping_fp8
-from rempart_engine.model.deepseek.model import DEFAULT_SCORE_BYTES, Deepseek, DeepseekLayer
+from rempart_engine.model.deepseek.model import Deepseek
 from rempart_engine.model.deepseek.moe import GatedMLP
 from rempart_engine.model.deepseek.mtp import MTP
 from rempart_engine.model.deepseek.names import expected_tensors, layer_tensors
@@ -17,14 +17,6 @@ from rempart_engine.model.weights.weight import LinearFactory
 _EXPERTS = "mlp.experts."
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LoadedDeepseek:
-    """A model, and its MTP layer if there is one and it was asked for."""
-
-    model: Deepseek
-    mtp: MTP | None
-
-
 def load_deepseek(
     source: DeepseekFolder,
     precision: Precision,
@@ -34,7 +26,7 @@ def load_deepseek(
     keep_fp8: bool = False,
     load_mtp: bool = True,
     score_bytes: int = DEFAULT_SCORE_BYTES,
-) -> LoadedDeepseek:
+) -> Deepseek:
     """Read all weights, layer by layer and expert by expert.
 
     What is made is all that is kept. Beside it there is at most one layer's share of weights as stored, routed experts
@@ -63,7 +55,7 @@ def load_deepseek(
         if has_mtp:
             own = WeightsBelow(weights, f"layers.{config.num_layers}.")
             mtp = MTP(config, own, layer(config.num_layers), precision.dtype)
-        return LoadedDeepseek(Deepseek(config, layers, weights, precision.dtype, max_model_len), mtp)
+        return Deepseek(config, layers, weights, precision.dtype, max_model_len, mtp)
 
 
 def _layer(

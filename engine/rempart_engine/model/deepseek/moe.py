@@ -75,7 +75,7 @@ class MoE(nn.Module):
         experts, weights = self.router(x)
         order = experts.flatten().argsort(stable=True)
         counts = experts.flatten().bincount(minlength=len(self.experts)).tolist()
-        inputs = x[order // experts.shape[1]].split(counts)
+        inputs = torch.split(x[order // experts.shape[1]], counts)
         outputs = [expert(part) for expert, part in zip(self.experts, inputs, strict=True) if len(part)]
         routed = torch.empty(len(order), x.shape[1], dtype=x.dtype)
         routed[order] = torch.cat(outputs)

@@ -8,9 +8,10 @@ from torch import nn
 from rempart_engine.inputs import StepInputs
 from rempart_engine.kernels.packed_linear import PackedLinear
 from rempart_engine.kernels.rms_norm import add_rms_norm, rms_norm
+from rempart_engine.kernels.rope import Angles
 from rempart_engine.kv_storage import KVStorage
 from rempart_engine.model.deepseek.config import DeepseekConfig
-from rempart_engine.model.deepseek.model import Deepseek, DeepseekLayer
+from rempart_engine.model.deepseek.layer import DeepseekLayer
 from rempart_engine.model.weights.weight import Weight
 
 
@@ -39,18 +40,19 @@ class MTP(nn.Module):
 
     def forward(
         self,
-        model: Deepseek,
+        embedded: torch.Tensor,  # [T, W] of the token after each of the step's
         hidden: torch.Tensor,  # [T, W] of the step's tokens: the model's, or this layer's own from the pass before
-        next_token_ids: torch.Tensor,  # [T] int64, the token after each
+        angles: Angles,
         storage: KVStorage,
         step: StepInputs,
     ) -> torch.Tensor:  # [T, W]
-        """Hidden states whose logits are of the token after the next. Position 0 is trained without an embedding."""
-        embedded = model.embed(next_token_ids).masked_fill((step.positions == 0)[:, None], 0.0)
-        joined = torch.cat(
-            (rms_norm(embedded, self.embedding_norm, self._eps), rms_norm(hidden, self.hidden_norm, self._eps)), -1
+        """Hidden states, ready for the head. Position 0 was trained without an embedding."""
+        embedded = embedded.masked_fill((step.positions == 0)[:, None], 0.0)
+        delta = self.join(
+            torch.cat(
+                (rms_norm(embedded, self.embedding_norm, self._eps), rms_norm(hidden, self.hidden_norm, self._eps)), -1
+            )
         )
-        delta = self.join(joined)
         residual = torch.zeros(delta.shape)
-        delta, _ = self.layer(residual, delta, model.angles(step), storage, step, None)
+        delta, _ = self.layer(residual, delta, angles, storage, step, None)
         return add_rms_norm(residual, delta, self.head_norm, self._eps)

@@ -22,11 +22,12 @@ def cos_sin_tables(config: DeepseekConfig, num_positions: int) -> tuple[torch.Te
 
 def softmax_scale(config: DeepseekConfig) -> float:
     """1 / sqrt(head size), times the square of YaRN's temperature: queries and keys would each have carried it."""
-    scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+    scale: float = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
     yarn = config.rope_scaling
     if yarn is None or not yarn.mscale_all_dim:
         return scale
-    return float(scale * _temperature(yarn, yarn.mscale_all_dim) ** 2)
+    temperature = _temperature(yarn, yarn.mscale_all_dim)
+    return scale * temperature * temperature
 
 
 def _temperature(yarn: YarnScaling, mscale: float) -> float:

@@ -1,0 +1,77 @@
+"""One layer of a DeepSeek model: sparse latent attention and feed-forward, each behind a norm."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from rempart_engine.inputs import StepInputs
+from rempart_engine.kernels.rms_norm import add_rms_norm
+from rempart_engine.kernels.rope import Angles
+from rempart_engine.kernels.select_tokens import Selection
+from rempart_engine.kv_storage import KVStorage
+from rempart_engine.model.deepseek.attention import LatentAttention
+from rempart_engine.model.deepseek.config import DeepseekConfig
+from rempart_engine.model.deepseek.indexer import Indexer
+from rempart_engine.model.deepseek.kv_pools import INDEX_KEYS, LATENTS
+from rempart_engine.model.deepseek.moe import GatedMLP, MoE, below
+from rempart_engine.model.weights.weight import LinearFactory, Weight
+
+DEFAULT_SCORE_BYTES = 64 << 20
+
+
+class DeepseekLayer(nn.Module):
+    """One block. Its halves read the residual stream through a norm and give what is to be added to it."""
+
+    attention_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+
+    def __init__(
+        self,
+        config: DeepseekConfig,
+        index: int,
+        tensors: Mapping[str, Weight],
+        experts: Sequence[GatedMLP],
+        make_linear: LinearFactory,
+        dtype: torch.dtype,
+        score_bytes: int = DEFAULT_SCORE_BYTES,
+    ) -> None:
+        """
+        Args:
+            index: of the layer; `num_layers` for the MTP layer.
+            tensors: named as in the checkpoint, below `layers.{index}.`; the routed experts' are not needed.
+            experts: the routed ones; none for a dense layer.
+            dtype: of activations.
+            score_bytes: most memory for index scores at a time.
+        """
+        super().__init__()
+        self._eps = config.rms_norm_eps
+        self._pool_index = index
+        has_indexer = index == config.num_layers or config.indexer.is_full[index]
+        self._index_pool_index = sum(config.indexer.is_full[:index]) if has_indexer else None
+        attention = below(tensors, "self_attn")
+        indexer = Indexer(config, below(attention, "indexer"), make_linear, dtype, score_bytes) if has_indexer else None
+        self.attention = LatentAttention(config, attention, make_linear, dtype, indexer)
+        self.mlp: nn.Module = (
+            GatedMLP(below(tensors, "mlp"), make_linear)
+            if index < config.num_dense_layers
+            else MoE(config.moe, below(tensors, "mlp"), experts, make_linear)
+        )
+        self.register_buffer("attention_norm", tensors["input_layernorm.weight"].dequantized(torch.float32))
+        self.register_buffer("mlp_norm", tensors["post_attention_layernorm.weight"].dequantized(torch.float32))
+
+    def forward(
+        self,
+        residual: torch.Tensor,  # [T, W] float32, updated in place
+        delta: torch.Tensor,  # [T, W], what the layer before adds
+        angles: Angles,
+        storage: KVStorage,
+        step: StepInputs,
+        selection: Selection | None,
+    ) -> tuple[torch.Tensor, Selection]:  # [T, W]
+        """What this layer adds, and the choice of tokens that a layer without an indexer takes over."""
+        x = add_rms_norm(residual, delta, self.attention_norm, self._eps)
+        latent_pool = storage.layer(LATENTS, self._pool_index)
+        index_pool = None if self._index_pool_index is None else storage.layer(INDEX_KEYS, self._index_pool_index)
+        attended, selection = self.attention(x, angles, latent_pool, index_pool, step, selection)
+        return self.mlp(add_rms_norm(residual, attended, self.mlp_norm, self._eps)), selection

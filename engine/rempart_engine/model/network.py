@@ -1,0 +1,99 @@
+"""From opened weights to a network that computes, whatever its family."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from rempart_engine.config import EngineConfig
+from rempart_engine.inputs import StepInputs
+from rempart_engine.kv_storage import KVStorage, PoolShape
+from rempart_engine.model import llama
+from rempart_engine.model.deepseek.kv_pools import CacheDtype, kv_pools
+from rempart_engine.model.deepseek.loading import load_deepseek
+from rempart_engine.model.deepseek.model import Deepseek
+from rempart_engine.model.errors import ModelError
+from rempart_engine.model.loading import load_llama
+from rempart_engine.model.precision import Precision
+from rempart_engine.model.weights.deepseek_folder import DeepseekFolder
+from rempart_engine.model.weights.source import LlamaWeights, WeightsSource
+
+
+class LanguageModel(Protocol):
+    """Token ids of a step to hidden states, and hidden states to logits."""
+
+    def __call__(self, step: StepInputs, storage: KVStorage) -> torch.Tensor:
+        """Hidden states [T, W] of the step's tokens; their KV is in the storage afterwards."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[O, W] -> [O, V], of the token after each."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Network:
+    """A model, and what it keeps per KV block."""
+
+    model: LanguageModel
+    drafter: Deepseek | None
+    """The model itself, if it has an MTP layer to draft with."""
+    pools: tuple[PoolShape, ...]
+
+
+def load_network(
+    source: WeightsSource,
+    config: EngineConfig,
+    precision: Precision,
+    max_model_len: int,
+    on_progress: Callable[[float], None],
+) -> Network:
+    """Read and pack all weights.
+
+    Args:
+        on_progress: told the fraction that is loaded, up to 1.
+
+    Raises:
+        ModelError: a tensor cannot be read, or the model has no such numbers as the configuration asks for.
+    """
+    if isinstance(source, DeepseekFolder):
+        return _deepseek(source, config, precision, max_model_len, on_progress)
+    return _llama(source, config, precision, max_model_len, on_progress)
+
+
+def _llama(
+    source: LlamaWeights,
+    config: EngineConfig,
+    precision: Precision,
+    max_model_len: int,
+    on_progress: Callable[[float], None],
+) -> Network:
+    for name, setting in (("dtype", config.dtype), ("kv_cache_dtype", config.kv_cache_dtype)):
+        if setting == "fp8":
+            raise ModelError(f"{name} fp8 is for fp8 checkpoints of DeepSeek models, this is a {source.architecture}")
+    model = load_llama(source, precision, max_model_len, on_progress)
+    return Network(model, None, llama.kv_pools(source.config, precision.dtype))
+
+
+def _deepseek(
+    source: DeepseekFolder,
+    config: EngineConfig,
+    precision: Precision,
+    max_model_len: int,
+    on_progress: Callable[[float], None],
+) -> Network:
+    if precision.keeps_fp8 and source.config.fp8 is None:
+        raise ModelError(f"dtype fp8 is for fp8 checkpoints, and no weight of {config.model} is in fp8")
+    model = load_deepseek(
+        source,
+        precision,
+        max_model_len,
+        on_progress,
+        keep_fp8=precision.keeps_fp8,
+        load_mtp=config.num_speculative_tokens != 0,
+        score_bytes=config.index_score_bytes,
+    )
+    cache_dtype: CacheDtype = "fp8" if config.kv_cache_dtype == "fp8" else precision.dtype
+    pools = kv_pools(source.config, int(model.mtp is not None), cache_dtype)
+    return Network(model, None if model.mtp is None else model, pools)
