@@ -50,7 +50,7 @@ class LatentAttention(nn.Module):
         self.register_buffer("q_norm", tensors["q_a_layernorm.weight"].dequantized(torch.float32))
         self.register_buffer("kv_norm", tensors["kv_a_layernorm.weight"].dequantized(torch.float32))
         to_heads = tensors["kv_b_proj.weight"].dequantized(dtype).view(config.num_heads, -1, config.kv_lora_rank)
-        keys, values = torch.split(to_heads, (config.qk_nope_head_dim, config.v_head_dim), dim=1)  # [H, D, R] each
+        keys, values = torch.split(to_heads, [config.qk_nope_head_dim, config.v_head_dim], dim=1)  # [H, D, R] each
         self.query_to_latent = HeadwiseLinear(keys)
         self.latent_to_value = HeadwiseLinear(values.transpose(1, 2))
 
