@@ -71,6 +71,13 @@ class EngineConfig:
     index_score_bytes: int = field(
         default=64 << 20, metadata=_help("memory for index scores; long prompts are scored in pieces that fit it")
     )
+    expand_prefill_from: int | None = field(
+        default=None,
+        metadata=_help(
+            "new tokens of a prompt from which attention that sees all tokens expands the latents: less arithmetic, "
+            "but the last bits then depend on how prompts are cut (default: never)"
+        ),
+    )
     watermark: float = field(default=0.01, metadata=_help("fraction of KV blocks kept free when sequences are let in"))
     enable_prefix_cache: bool = field(default=True, metadata=_help("find KV blocks of equal prefixes again"))
     max_num_waiting: int = field(default=1024, metadata=_help("most requests that wait; more are refused"))

@@ -13,6 +13,7 @@ from rempart_engine.model import llama
 from rempart_engine.model.deepseek.kv_pools import CacheDtype, kv_pools
 from rempart_engine.model.deepseek.loading import load_deepseek
 from rempart_engine.model.deepseek.model import Deepseek
+from rempart_engine.model.deepseek.options import AttentionOptions
 from rempart_engine.model.errors import ModelError
 from rempart_engine.model.loading import load_llama
 from rempart_engine.model.precision import Precision
@@ -92,7 +93,7 @@ def _deepseek(
         on_progress,
         keep_fp8=precision.keeps_fp8,
         load_mtp=config.num_speculative_tokens != 0,
-        score_bytes=config.index_score_bytes,
+        options=AttentionOptions(config.index_score_bytes, config.expand_prefill_from),
     )
     cache_dtype: CacheDtype = "fp8" if config.kv_cache_dtype == "fp8" else precision.dtype
     pools = kv_pools(source.config, int(model.mtp is not None), cache_dtype)

@@ -1,4 +1,4 @@
-"""Multi-head latent attention in its absorbed form, over the tokens that an indexer chose."""
+"""Multi-head latent attention over the tokens that an indexer chose."""
 
 from collections.abc import Mapping
 
@@ -13,6 +13,7 @@ from rempart_engine.kernels.rms_norm import rms_norm
 from rempart_engine.kernels.rope import Angles, rotate
 from rempart_engine.kernels.select_tokens import Selection
 from rempart_engine.model.deepseek.config import DeepseekConfig
+from rempart_engine.model.deepseek.expanded import ExpandedAttention, only, whole_pieces
 from rempart_engine.model.deepseek.indexer import Indexer
 from rempart_engine.model.deepseek.rotary import softmax_scale
 from rempart_engine.model.weights.weight import LinearFactory, Weight
@@ -37,6 +38,7 @@ class LatentAttention(nn.Module):
         make_linear: LinearFactory,
         dtype: torch.dtype,
         indexer: Indexer | None,
+        expand_from: int | None = None,
     ) -> None:
         """Tensors are named as in the checkpoint, below `self_attn.`; without an indexer, a choice must be given."""
         super().__init__()
@@ -49,10 +51,13 @@ class LatentAttention(nn.Module):
         self.o = make_linear(tensors["o_proj.weight"])
         self.register_buffer("q_norm", tensors["q_a_layernorm.weight"].dequantized(torch.float32))
         self.register_buffer("kv_norm", tensors["kv_a_layernorm.weight"].dequantized(torch.float32))
-        to_heads = tensors["kv_b_proj.weight"].dequantized(dtype).view(config.num_heads, -1, config.kv_lora_rank)
-        keys, values = torch.split(to_heads, [config.qk_nope_head_dim, config.v_head_dim], dim=1)  # [H, D, R] each
+        to_heads = tensors["kv_b_proj.weight"].dequantized(dtype)
+        of_heads = to_heads.view(config.num_heads, -1, config.kv_lora_rank)
+        keys, values = torch.split(of_heads, [config.qk_nope_head_dim, config.v_head_dim], dim=1)  # [H, D, R] each
         self.query_to_latent = HeadwiseLinear(keys)
         self.latent_to_value = HeadwiseLinear(values.transpose(1, 2))
+        self._expand_from = expand_from
+        self.expanded = None if expand_from is None else ExpandedAttention(config, to_heads, self._scale)
 
     def forward(
         self,
@@ -67,7 +72,8 @@ class LatentAttention(nn.Module):
         shape = self._shape
         query_latents = rms_norm(self.q_a(x), self.q_norm, _LATENT_NORM_EPS)
         queries = self.q_b(query_latents).view(len(x), shape.num_heads, -1)
-        plain, turning = queries.split((shape.qk_nope_head_dim, shape.qk_rope_head_dim), dim=-1)
+        turning = queries[..., shape.qk_nope_head_dim :]
+        turning.copy_(rotate(turning, angles, "interleaved"))
         latents, rope_keys = self.kv_a(x).split((shape.kv_lora_rank, shape.qk_rope_head_dim), dim=-1)
         latents = rms_norm(latents.contiguous(), self.kv_norm, _LATENT_NORM_EPS)
         rope_keys = rotate(rope_keys[:, None], angles, "interleaved")[:, 0]
@@ -76,12 +82,32 @@ class LatentAttention(nn.Module):
             assert index_pool is not None, "a layer with an indexer has index keys"
             selection = self.indexer(x, query_latents, angles, index_pool, step)
         assert selection is not None, "the first layer has an indexer"
-        attended = latent_attention(
-            self.query_to_latent(plain),
-            rotate(turning, angles, "interleaved"),
-            latent_pool,
-            step,
-            selection,
-            self._scale,
-        )
-        return self.o(self.latent_to_value(attended).flatten(1)), selection
+        return self.o(self._attend(queries, latent_pool, step, selection).flatten(1)), selection
+
+    def _attend(
+        self,
+        queries: torch.Tensor,  # [T, H, nope + P]
+        pool: torch.Tensor,
+        step: StepInputs,
+        selection: Selection,
+    ) -> torch.Tensor:  # [T, H, v]
+        """Expanded attention for pieces of prompts that are long enough, if it is wanted, absorbed for all others."""
+        if self.expanded is None or self._expand_from is None:
+            return self._absorbed(queries, pool, step, selection)
+        attended = queries.new_empty(*queries.shape[:2], self._shape.v_head_dim)
+        is_rest = torch.ones(len(queries), dtype=torch.bool)
+        for piece in whole_pieces(step, selection, self._expand_from):
+            table, last = step.block_tables[int(step.token_rows[piece.start])], int(step.positions[piece.stop - 1])
+            attended[piece] = self.expanded(queries[piece], pool, table, last + 1)
+            is_rest[piece] = False
+        if is_rest.any():
+            attended[is_rest] = self._absorbed(queries[is_rest], pool, *only(step, selection, is_rest))
+        return attended
+
+    def _absorbed(
+        self, queries: torch.Tensor, pool: torch.Tensor, step: StepInputs, selection: Selection
+    ) -> torch.Tensor:
+        plain, turning = queries.tensor_split([self._shape.qk_nope_head_dim], dim=-1)
+        attended = latent_attention(self.query_to_latent(plain), turning, pool, step, selection, self._scale)
+        values: torch.Tensor = self.latent_to_value(attended)
+        return values

@@ -15,9 +15,8 @@ from rempart_engine.model.deepseek.config import DeepseekConfig
 from rempart_engine.model.deepseek.indexer import Indexer
 from rempart_engine.model.deepseek.kv_pools import INDEX_KEYS, LATENTS
 from rempart_engine.model.deepseek.moe import GatedMLP, MoE, below
+from rempart_engine.model.deepseek.options import AttentionOptions
 from rempart_engine.model.weights.weight import LinearFactory, Weight
-
-DEFAULT_SCORE_BYTES = 64 << 20
 
 
 class DeepseekLayer(nn.Module):
@@ -34,7 +33,7 @@ class DeepseekLayer(nn.Module):
         experts: Sequence[GatedMLP],
         make_linear: LinearFactory,
         dtype: torch.dtype,
-        score_bytes: int = DEFAULT_SCORE_BYTES,
+        options: AttentionOptions,
     ) -> None:
         """
         Args:
@@ -42,7 +41,6 @@ class DeepseekLayer(nn.Module):
             tensors: named as in the checkpoint, below `layers.{index}.`; the routed experts' are not needed.
             experts: the routed ones; none for a dense layer.
             dtype: of activations.
-            score_bytes: most memory for index scores at a time.
         """
         super().__init__()
         self._eps = config.rms_norm_eps
@@ -50,8 +48,12 @@ class DeepseekLayer(nn.Module):
         has_indexer = index == config.num_layers or config.indexer.is_full[index]
         self._index_pool_index = sum(config.indexer.is_full[:index]) if has_indexer else None
         attention = below(tensors, "self_attn")
-        indexer = Indexer(config, below(attention, "indexer"), make_linear, dtype, score_bytes) if has_indexer else None
-        self.attention = LatentAttention(config, attention, make_linear, dtype, indexer)
+        indexer = (
+            Indexer(config, below(attention, "indexer"), make_linear, dtype, options.score_bytes)
+            if has_indexer
+            else None
+        )
+        self.attention = LatentAttention(config, attention, make_linear, dtype, indexer, options.expand_from)
         self.mlp: nn.Module = (
             GatedMLP(below(tensors, "mlp"), make_linear)
             if index < config.num_dense_layers

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 from rempart_engine.model.deepseek.config import DeepseekConfig
-from rempart_engine.model.deepseek.layer import DEFAULT_SCORE_BYTES, DeepseekLayer
+from rempart_engine.model.deepseek.layer import DeepseekLayer
 from rempart_engine.model.deepseek.linears import converting, keeping_fp8
 from rempart_engine.model.deepseek.model import Deepseek
 from rempart_engine.model.deepseek.moe import GatedMLP
 from rempart_engine.model.deepseek.mtp import MTP
 from rempart_engine.model.deepseek.names import expected_tensors, layer_tensors
+from rempart_engine.model.deepseek.options import AttentionOptions
 from rempart_engine.model.precision import Precision
 from rempart_engine.model.weights.deepseek_folder import DeepseekFolder, StoredWeights, WeightsBelow
 from rempart_engine.model.weights.heap import freed_memory_returned
@@ -25,7 +26,7 @@ def load_deepseek(
     *,
     keep_fp8: bool = False,
     load_mtp: bool = True,
-    score_bytes: int = DEFAULT_SCORE_BYTES,
+    options: AttentionOptions = AttentionOptions(),  # noqa: B008 -- frozen
 ) -> Deepseek:
     """Read all weights, layer by layer and expert by expert.
 
@@ -36,7 +37,7 @@ def load_deepseek(
         on_progress: told the fraction that is loaded, up to 1.
         keep_fp8: hold fp8 weights as they are stored, and not as the precision does.
         load_mtp: read the MTP layer, if there is one.
-        score_bytes: most memory for index scores at a time.
+        options: how attention computes.
 
     Raises:
         ModelError: a tensor cannot be read, or a scale is not a positive number.
@@ -47,7 +48,7 @@ def load_deepseek(
     make_linear = keeping_fp8(precision) if keep_fp8 else converting(precision)
 
     def layer(index: int) -> DeepseekLayer:
-        return _layer(config, index, weights, make_linear, precision, score_bytes)
+        return _layer(config, index, weights, make_linear, precision, options)
 
     with freed_memory_returned():
         layers = [layer(index) for index in range(config.num_layers)]
@@ -64,13 +65,13 @@ def _layer(
     weights: StoredWeights,
     make_linear: LinearFactory,
     precision: Precision,
-    score_bytes: int,
+    options: AttentionOptions,
 ) -> DeepseekLayer:
     own = WeightsBelow(weights, f"layers.{index}.")
     num_experts = 0 if index < config.num_dense_layers else config.moe.num_experts
     experts = [GatedMLP(WeightsBelow(own, f"{_EXPERTS}{number}."), make_linear) for number in range(num_experts)]
     others = {name: own[name] for name in layer_tensors(config, index) if not name.startswith(_EXPERTS)}
-    return DeepseekLayer(config, index, others, experts, make_linear, precision.dtype, score_bytes)
+    return DeepseekLayer(config, index, others, experts, make_linear, precision.dtype, options)
 
 
 def _counted(config: DeepseekConfig, has_mtp: bool, on_progress: Callable[[float], None]) -> Callable[[str], None]:
