@@ -1,13 +1,23 @@
 """The random checkpoints that other tests are built on."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from rempart_engine.model.deepseek.config import DeepseekConfig
-from rempart_engine.model.deepseek.testing import TINY, TINY_GLM, StoredAs, oracle, stored_tensors, write_checkpoint
+from rempart_engine.model.deepseek.testing import (
+    TINY,
+    TINY_GLM,
+    StoredAs,
+    oracle,
+    store_checkpoint,
+    stored_tensors,
+    tensors_of,
+    write_checkpoint,
+)
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_GLM], ids=["deepseek", "glm"])
@@ -36,3 +46,14 @@ def test_the_configuration_comes_back_from_what_is_written(tmp_path: Path) -> No
     for config in (TINY, TINY_GLM):
         write_checkpoint(tmp_path, config)
         assert DeepseekConfig.from_hf(json.loads((tmp_path / "config.json").read_bytes())) == config
+
+
+def test_an_oracle_can_be_stored_again(tmp_path: Path) -> None:
+    plain = replace(TINY, num_mtp_layers=0)
+    write_checkpoint(tmp_path / "a", plain, dtype="float32")
+    tensors = tensors_of(oracle(tmp_path / "a"))
+    store_checkpoint(tmp_path / "b", plain, lambda name, spec: tensors.pop(name), dtype="float32")
+    assert not tensors
+    first, second = stored_tensors(tmp_path / "a"), stored_tensors(tmp_path / "b")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())

@@ -1,10 +1,10 @@
-"""Random checkpoints in the published layout, at any shapes, and `transformers` models of the same numbers."""
+"""Checkpoints in the published layout, random ones at any shapes, and `transformers` models of the same numbers."""
 
 import json
 import math
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,8 @@ from rempart_engine.model.deepseek.config import DeepseekConfig, Fp8Blocks, Inde
 from rempart_engine.model.deepseek.names import SCALE_SUFFIX, TensorSpec, expected_tensors, mtp_copies
 
 StoredAs = Literal["fp8", "bfloat16", "float32"]
+Values = Callable[[str, TensorSpec], torch.Tensor]
+"""Name and look of a tensor, as `expected_tensors` has them, to its float32 values."""
 
 _DTYPES = {"fp8": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _ALWAYS_FLOAT32 = (".e_score_correction_bias", ".k_norm.weight", ".k_norm.bias")
@@ -77,11 +79,25 @@ def write_checkpoint(
     ue8m0: bool = False,
     tokenizer: Path | None = None,
 ) -> None:
-    """Write config.json, an index and shards of about equal size, drawn at random but scaled so that logits are sane.
+    """`store_checkpoint` of `random_values`."""
+    values = random_values(seed)
+    store_checkpoint(folder, config, values, dtype=dtype, num_shards=num_shards, ue8m0=ue8m0, tokenizer=tokenizer)
 
-    A tensor's numbers follow from the seed and its name alone. Memory for one shard is needed.
+
+def store_checkpoint(
+    folder: Path,
+    config: DeepseekConfig,
+    values: Values,
+    *,
+    dtype: StoredAs = "fp8",
+    num_shards: int = 2,
+    ue8m0: bool = False,
+    tokenizer: Path | None = None,
+) -> None:
+    """Write config.json, an index and shards of about equal size. Memory for one shard is needed.
 
     Args:
+        values: asked for each of `expected_tensors` once, and once more where `mtp_copies` repeats one.
         dtype: of the tensors; with "fp8", of those that may be, with the configuration's blocks or 128 x 128.
         ue8m0: hold fp8 scales as powers of two, one byte each.
         tokenizer: a tokenizer.json to copy into the folder, with the tokenizer_config.json beside it if there is one.
@@ -96,8 +112,8 @@ def write_checkpoint(
         file = f"model-{number:05}-of-{len(shards):06}.safetensors"
         tensors: dict[str, torch.Tensor] = {}
         for name, spec in shard.items():
-            values = _random(copies.get(name, name), spec, seed)
-            tensors |= _stored(_published(name), values, spec, config, dtype, ue8m0)
+            tensor = values(copies.get(name, name), spec)
+            tensors |= _stored(_published(name), tensor, spec, config, dtype, ue8m0)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     _write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
@@ -106,6 +122,19 @@ def write_checkpoint(
         for path in (tokenizer, tokenizer.with_name("tokenizer_config.json")):
             if path == tokenizer or path.exists():
                 shutil.copyfile(path, folder / path.name)
+
+
+def random_values(seed: int) -> Values:
+    """Numbers scaled so that logits are sane; those of a tensor follow from the seed and its name alone."""
+
+    def values(name: str, spec: TensorSpec) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(name.encode()))
+        numbers = torch.randn(spec.shape, generator=generator)
+        if len(spec.shape) == 1:
+            return 0.1 * numbers if name.endswith("bias") else 1.0 + 0.1 * numbers
+        return numbers if name == "embed_tokens.weight" else numbers / math.sqrt(spec.shape[1])
+
+    return values
 
 
 def hf_config(config: DeepseekConfig, *, ue8m0: bool = False) -> dict[str, Any]:
@@ -199,10 +228,31 @@ def oracle(folder: Path) -> nn.Module:
     config_class = getattr(transformers, architecture.replace("ForCausalLM", "Config"))
     model_class = getattr(transformers, architecture)
     model: nn.Module = model_class._from_config(
-        config_class(**fields), attn_implementation="eager", dtype=torch.float32
+        config_class(**fields),
+        attn_implementation="eager",
+        experts_implementation="eager",  # the grouped product takes no odd sizes
+        dtype=torch.float32,
     )
     model.load_state_dict(_as_in_transformers(stored_tensors(folder), fields["num_hidden_layers"]))
     return model.eval()
+
+
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The numbers of an `oracle`, under the names of `expected_tensors`; there are none of an MTP layer."""
+    result: dict[str, torch.Tensor] = {}
+    for published, tensor in model.state_dict().items():
+        name = published.removeprefix("model.")
+        prefix, _, kind = name.rpartition(".")
+        if kind == "gate_up_proj":
+            for number, both in enumerate(tensor):
+                gate, up = both.chunk(2)
+                result[f"{prefix}.{number}.gate_proj.weight"] = gate
+                result[f"{prefix}.{number}.up_proj.weight"] = up
+        elif prefix.endswith(".experts"):
+            result |= {f"{prefix}.{number}.down_proj.weight": down for number, down in enumerate(tensor)}
+        else:
+            result[name] = tensor
+    return result
 
 
 def _as_in_transformers(tensors: Mapping[str, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
@@ -233,14 +283,6 @@ def _in_shards(specs: Mapping[str, TensorSpec], num_shards: int) -> list[dict[st
         shards[before * num_shards // total][name] = spec
         before += math.prod(spec.shape)
     return [shard for shard in shards if shard]
-
-
-def _random(name: str, spec: TensorSpec, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(name.encode()))
-    numbers = torch.randn(spec.shape, generator=generator)
-    if len(spec.shape) == 1:
-        return 0.1 * numbers if name.endswith("bias") else 1.0 + 0.1 * numbers
-    return numbers if name == "embed_tokens.weight" else numbers / math.sqrt(spec.shape[1])
 
 
 def _stored(
