@@ -97,4 +97,6 @@ def _deepseek(
     )
     cache_dtype: CacheDtype = "fp8" if config.kv_cache_dtype == "fp8" else precision.dtype
     pools = kv_pools(source.config, int(model.mtp is not None), cache_dtype)
+    with torch.inference_mode():
+        model.compile_selection(KVStorage(pools, 1))
     return Network(model, None if model.mtp is None else model, pools)

@@ -37,6 +37,7 @@ class Indexer(nn.Module):
         super().__init__()
         self._shape = config.indexer
         self._score_bytes = score_bytes
+        self._dtype = dtype
         self._weight_scale = (config.indexer.num_heads * config.indexer.head_dim) ** -0.5
         self.q = make_linear(tensors["wq_b.weight"])
         self.k = PackedLinear(tensors["wk.weight"].dequantized(dtype))
@@ -60,3 +61,11 @@ class Indexer(nn.Module):
         queries = rotate(self.q(query_latents).view(-1, num_heads, dim), angles, layout)
         weights = self.head_weights(x.float()) * self._weight_scale
         return select_tokens(queries, weights, pool, step, self._shape.top_k, self._score_bytes)
+
+    def compile_selection(self, pool: torch.Tensor) -> None:
+        """Compile what only contexts beyond top_k need, so that no request waits for it. Reads block 0 of the pool."""
+        positions, rows = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        nothing = torch.zeros(0, dtype=torch.int32)
+        step = StepInputs(rows.long(), positions, rows, rows.long(), rows[None], nothing, nothing, nothing, rows.long())
+        queries = torch.zeros(1, self._shape.num_heads, self._shape.head_dim, dtype=self._dtype)
+        select_tokens(queries, torch.zeros(1, self._shape.num_heads), pool, step, 1, self._score_bytes)

@@ -1,6 +1,7 @@
 """DeepSeek-V3.2 and its relatives: sparse latent attention and a mixture of experts, pre-norm."""
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from rempart_engine.kernels.rms_norm import add_rms_norm
 from rempart_engine.kernels.rope import Angles
 from rempart_engine.kv_storage import KVStorage
 from rempart_engine.model.deepseek.config import DeepseekConfig
+from rempart_engine.model.deepseek.kv_pools import INDEX_KEYS
 from rempart_engine.model.deepseek.layer import DeepseekLayer
 from rempart_engine.model.deepseek.mtp import MTP
 from rempart_engine.model.deepseek.rotary import cos_sin_tables
@@ -57,6 +59,12 @@ class Deepseek(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:  # [O, W] -> [O, V] float32
         return self.head(hidden.float())  # type: ignore[no-any-return]  # nn.Module's call
+
+    def compile_selection(self, storage: KVStorage) -> None:
+        """As `Indexer.compile_selection`; one layer's kernels are every layer's."""
+        indexer = cast(DeepseekLayer, self.layers[0]).attention.indexer
+        assert indexer is not None, "the first layer has an indexer"
+        indexer.compile_selection(storage.layer(INDEX_KEYS, 0))
 
     def look_further(
         self,

@@ -18,8 +18,8 @@ from rempart_engine.model.deepseek.model import Deepseek
 from rempart_engine.model.precision import precision_named
 from rempart_engine.model.weights.deepseek_folder import DeepseekFolder
 
-Chosen = dict[tuple[int, int, int], tuple[int, ...]]
-"""By number of the indexer, row and position: the chosen positions, ascending."""
+Chosen = dict[int, list[torch.Tensor]]
+"""By row, of each indexer: which positions [S, S] bool each position's attention sees."""
 
 
 class Stepper:
@@ -50,12 +50,13 @@ class Stepper:
         self.hidden = torch.empty(0)
         """[T, W] of the last step."""
         self.chosen: Chosen = {}
-        """By the indexers, since the rows were started."""
+        """Since the rows were started."""
         self._rows = RowTable(num_rows, max_model_len)
         self._ends: dict[int, int] = {}
-        indexers = [module for module in self.model.layers.modules() if isinstance(module, Indexer)]
-        for number, indexer in enumerate(indexers):
-            indexer.register_forward_hook(self._note_chosen(number))
+        self._numbers: list[int] = []
+        self._indexers = [module for module in self.model.layers.modules() if isinstance(module, Indexer)]
+        for indexer in self._indexers:
+            indexer.register_forward_hook(self._note_chosen)
 
     def start(self, row: int, token_ids: Sequence[int], shared: int = 0, of_row: int = 0) -> None:
         """Give a row a sequence. Its first `shared` blocks are those of another row, which have been computed."""
@@ -63,7 +64,8 @@ class Stepper:
         block_ids = (*other[:shared], *own[shared:])
         self._rows.start(NewRow(row, tuple(token_ids), len(token_ids), SamplingParams(), 0, block_ids))
         self._ends[row] = shared * BLOCK_SIZE
-        self.chosen = {key: value for key, value in self.chosen.items() if key[1] != row}
+        length = len(token_ids)
+        self.chosen[row] = [torch.zeros(length, length, dtype=torch.bool) for _ in self._indexers]
 
     def block_ids(self, row: int) -> tuple[int, ...]:
         """KV blocks that are a row's own; neighbours are far apart in the sequence."""
@@ -91,14 +93,10 @@ class Stepper:
         self.start(row, token_ids)
         return torch.cat([self.step({row: count})[row] for count in pieces])
 
-    def _note_chosen(self, number: int):  # type: ignore[no-untyped-def]
-        def note(module: Indexer, args: tuple[object, ...], selection: Selection) -> None:
-            step = next(arg for arg in args if isinstance(arg, StepInputs))
-            counts = selection.counts.tolist()
-            places = zip(step.token_rows.tolist(), step.positions.tolist(), strict=True)
-            for token, (sequence, position) in enumerate(places):
-                sees_all = counts[token] > position
-                chosen = range(counts[token]) if sees_all else selection.positions[token, : counts[token]].tolist()
-                self.chosen[number, self._numbers[sequence], position] = tuple(chosen)
-
-        return note
+    def _note_chosen(self, indexer: Indexer, args: tuple[object, ...], selection: Selection) -> None:
+        number = next(number for number, other in enumerate(self._indexers) if other is indexer)
+        step = next(arg for arg in args if isinstance(arg, StepInputs))
+        places = zip(step.token_rows.tolist(), step.positions.tolist(), selection.counts.tolist(), strict=True)
+        for token, (sequence, position, count) in enumerate(places):
+            chosen = slice(count) if count > position else selection.positions[token, :count].long()
+            self.chosen[self._numbers[sequence]][number][position, chosen] = True
