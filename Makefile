@@ -7,7 +7,7 @@ PROTOS := $(wildcard protos/rempart_protos/v1/*.proto)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-slow check format protos bench clean
+.PHONY: help up test test-slow check format protos bench bench-dsa clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ protos: $(INSTALLED) ## generate the Python code of the protos
 bench: $(INSTALLED) ## engine against its peers and the router's cost, side by side (quiet machine, please)
 	$(BIN)/python bench/engine_throughput.py $(ARGS)
 	$(BIN)/python bench/router_overhead.py
+
+bench-dsa: $(INSTALLED) ## dense against sparse attention of one DeepSeek-V3.2 layer, 2K to 128K (quiet machine, 8 GiB)
+	$(BIN)/python bench/dsa.py $(ARGS)
 
 clean: ## forget the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
