@@ -94,6 +94,20 @@ def test_a_folder_gives_its_prefix_its_ends_and_its_spaces(tmp_path: Path) -> No
     assert tokenizer.decode([think, *b"hm", end]) == "<think>hm"
 
 
+@pytest.mark.parametrize("has_processor", [True, False])
+@pytest.mark.parametrize("adds", [True, False, None])
+def test_begin_of_text_comes_from_either_file_and_never_twice(
+    tmp_path: Path, has_processor: bool, adds: bool | None
+) -> None:
+    folder = write_folder(tmp_path, bos_token="<|endoftext|>", add_bos_token=adds)
+    if not has_processor:
+        file = folder / "tokenizer.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": None}))
+    tokenizer = load_folder(folder).tokenizer
+    start = [tokenizer.special_token_id("<|endoftext|>")] if has_processor or adds else []
+    assert tokenizer.encode("ab", add_special=True) == [*start, *b"ab"]
+
+
 def test_generation_config_and_template_file_win(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, chat_template="old", eos_token="<|im_end|>")
     (folder / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')

@@ -46,6 +46,8 @@ class _AddedTokenName(msgspec.Struct):
 class _TokenizerConfig(msgspec.Struct):
     chat_template: str | list[_NamedTemplate] | None = None
     eos_token: str | _AddedTokenName | None = None
+    bos_token: str | _AddedTokenName | None = None
+    add_bos_token: bool | None = None
 
 
 class _ModelConfig(msgspec.Struct):
@@ -71,7 +73,7 @@ def load_folder(folder: Path) -> TextModel:
         _token_bytes(file),
         special,
         visible_token_ids=[token.id for token in file.added_tokens if not token.special],
-        prefix_token_ids=tuple(Backend.from_str(data.decode()).encode("").ids),
+        prefix_token_ids=_prefix(Backend.from_str(data.decode()), config, special),
         eos_token_ids=_eos(folder, config, special),
     )
     architectures = _read(folder / "config.json", _ModelConfig).architectures
@@ -89,6 +91,13 @@ def _plain_backend(data: bytes, special: dict[str, int]) -> Backend:
     return Backend.from_str(msgspec.json.encode(content).decode())
 
 
+def _prefix(backend: Backend, config: _TokenizerConfig, special: dict[str, int]) -> tuple[int, ...]:
+    """What tokenizer.json puts before a text; begin-of-text also when tokenizer_config.json alone asks for it."""
+    prefix = tuple(backend.encode("").ids)
+    bos = _named(config.bos_token, special) if config.add_bos_token else ()
+    return prefix if prefix[: len(bos)] == bos else bos + prefix
+
+
 def _token_bytes(file: _TokenizerFile) -> list[bytes]:
     texts = {token_id: token_to_bytes(token) for token, token_id in file.model.vocab.items()}
     texts |= {token.id: token.content.encode() for token in file.added_tokens}
@@ -104,8 +113,13 @@ def _eos(folder: Path, config: _TokenizerConfig, special: dict[str, int]) -> tup
                 return tuple(token_ids)
             case None:
                 continue
-    eos = config.eos_token.content if isinstance(config.eos_token, _AddedTokenName) else config.eos_token
-    return (special[eos],) if eos in special else ()
+    return _named(config.eos_token, special)
+
+
+def _named(token: str | _AddedTokenName | None, special: dict[str, int]) -> tuple[int, ...]:
+    """Id of a special token, if there is one."""
+    name = token.content if isinstance(token, _AddedTokenName) else token
+    return (special[name],) if name in special else ()
 
 
 def _chat_template(folder: Path, config: _TokenizerConfig) -> str | None:
