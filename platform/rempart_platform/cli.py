@@ -34,6 +34,7 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     INT8 = "int8"
+    FP8 = "fp8"
 
 
 class LogLevel(StrEnum):
@@ -68,11 +69,25 @@ def up(  # noqa: PLR0913 - a flag is a parameter
     max_step_tokens: Annotated[int | None, _engine_option("Most tokens computed in one step.")] = None,
     num_blocks: Annotated[int | None, _engine_option("KV blocks in the pool.")] = None,
     kv_cache_bytes: Annotated[int | None, _engine_option("Memory for KV blocks.")] = None,
+    engine_flag: Annotated[
+        list[str] | None,
+        _engine_option("Any other of `rempart engine --help`, as NAME or NAME=VALUE; may be given again."),
+    ] = None,
+    require_manifest: Annotated[
+        Path | None,
+        typer.Option(
+            help="Refuse to serve unless the model is as this manifest says; see `rempart verify`.", show_default=False
+        ),
+    ] = None,
+    manifest_key: Annotated[
+        Path | None,
+        typer.Option(help="And the manifest is signed by the owner of this ed25519 public key.", show_default=False),
+    ] = None,
     engine_module: Annotated[str, typer.Option(hidden=True)] = "rempart_engine",
 ) -> None:
     """Start everything on this machine: Redis, engines, a router, a demo tenant."""
     from rempart_platform.demo_model import DEMO_MODEL_NAME, DemoModelMissingError, find_demo_model
-    from rempart_platform.local_config import LocalConfig, LocalConfigError, served_name
+    from rempart_platform.local_config import LocalConfig, LocalConfigError, served_name, to_engine_flag
     from rempart_platform.up import up as run_up
 
     if model is None and dtype is None:
@@ -87,6 +102,7 @@ def up(  # noqa: PLR0913 - a flag is a parameter
     }
     given = {flag: str(value) for flag, value in options.items() if value is not None}
     try:
+        engine_args = (*(part for pair in given.items() for part in pair), *map(to_engine_flag, engine_flag or ()))
         path = model or find_demo_model()
         config = LocalConfig(
             model=path,
@@ -96,7 +112,9 @@ def up(  # noqa: PLR0913 - a flag is a parameter
             grpc_port=grpc_port,
             metrics_port=metrics_port,
             num_threads=num_threads,
-            engine_args=tuple(part for pair in given.items() for part in pair),
+            engine_args=engine_args,
+            require_manifest=require_manifest,
+            manifest_key=manifest_key,
             log_level=log_level,
             engine_module=engine_module,
         )

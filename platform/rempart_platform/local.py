@@ -1,5 +1,6 @@
 """`rempart up`: the whole platform on one machine.
 
+    the model is as its manifest says, if one is required ─►
     embedded Redis ─► engines load, in parallel ─► router over them ─► demo tenant and key ─► told that it is ready
                                          ... until asked to stop, or until one of them dies ...
     router drains ─► engines drain ─► Redis ends
@@ -20,6 +21,7 @@ from rempart_platform.local_config import (
     engine_command,
     require_free_ports,
     router_command,
+    verify_command,
 )
 from rempart_platform.tenancy.embedded import EmbeddedRedis, EmbeddedRedisConfig, embedded_redis
 
@@ -78,13 +80,17 @@ class LocalPlatform:
             stop: ends it, also while it starts.
 
         Returns:
-            None after an orderly end; otherwise which of its processes died, and why.
+            None after an orderly end; otherwise which of its processes died, and why: also the one that finds the
+            model to be another than its manifest says.
 
         Raises:
             LocalConfigError: a port is taken.
             EmbeddedRedisError: Redis is not installed or does not start.
         """
         require_free_ports(self._config)
+        refusal = await self._refusal(stop)
+        if refusal is not None or stop.drain.is_set():
+            return refusal
         async with embedded_redis(EmbeddedRedisConfig()) as redis, asyncio.TaskGroup() as tasks:
             engines, router = Children(tasks, self._observer), Children(tasks, self._observer)
             serving = tasks.create_task(self._serve(redis, engines, router, announce))
@@ -102,6 +108,24 @@ class LocalPlatform:
                     for children in (router, engines):
                         await children.stop(_CLEAN_UP_S if died else _DRAIN_S)
         return died[0] if died else None
+
+    async def _refusal(self, stop: StopRequests) -> str | None:
+        """Why the model must not be parsed; None when it may be, or when asked to stop before that is known."""
+        command = verify_command(self._config, self._environ)
+        if command is None:
+            return None
+        async with asyncio.TaskGroup() as tasks:
+            verifying = Children(tasks, self._observer)
+            await verifying.start(command)
+            ended, asked = tasks.create_task(verifying.first_death()), tasks.create_task(stop.drain.wait())
+            try:
+                await asyncio.wait({ended, asked}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                verifying.kill()
+                asked.cancel()
+        self._observer.ready(command.name)
+        end = ended.result()
+        return None if end.exit_code == 0 or stop.drain.is_set() else str(end)
 
     async def _serve(
         self,

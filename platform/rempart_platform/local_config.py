@@ -9,11 +9,27 @@ from pathlib import Path
 
 from rempart_platform.child_process import ChildCommand
 
+VERIFY = "verify"
+"""The process that compares the model with its manifest."""
 HOST = "127.0.0.1"
 """The platform of one machine speaks without TLS and listens to that machine alone."""
 _SECRET_BYTES = 32
 # The engines compute on every core, and Redis has to wait for its turn.
 _REDIS_TIMEOUT_S = "2"
+_OWN_ENGINE_FLAGS = frozenset(
+    {
+        "--model",
+        "--served-model-name",
+        "--require-manifest",
+        "--manifest-key",
+        "--host",
+        "--port",
+        "--metrics-port",
+        "--num-threads",
+        "--log-level",
+    }
+)
+"""Of an engine, but decided by `rempart up`."""
 
 
 class LocalConfigError(ValueError):
@@ -39,12 +55,18 @@ class LocalConfig:
     """Of each engine; None shares the cores among them."""
     engine_args: tuple[str, ...] = ()
     """Further flags for every engine."""
+    require_manifest: Path | None = None
+    """Nothing of the model is parsed by any process unless it is as this manifest says."""
+    manifest_key: Path | None = None
+    """Whose owner must have signed the manifest."""
     log_level: str = "warning"
     engine_module: str = "rempart_engine"
 
     def __post_init__(self) -> None:
         if not self.model.exists():
             raise LocalConfigError(f"--model: there is no {self.model}")
+        if self.manifest_key is not None and self.require_manifest is None:
+            raise LocalConfigError("--manifest-key goes with --require-manifest")
         if not self.model_name or "=" in self.model_name:
             raise LocalConfigError(f"--served-model-name {self.model_name!r} must not be empty or hold '='")
         if self.num_engines < 1:
@@ -72,6 +94,19 @@ class LocalSecrets:
     cache_secret: str = field(default_factory=lambda: secrets.token_hex(_SECRET_BYTES), repr=False)
 
 
+def to_engine_flag(text: str) -> str:
+    """A flag for every engine from a person's NAME or NAME=VALUE.
+
+    Raises:
+        LocalConfigError: that flag is decided here.
+    """
+    flag = "--" + text.removeprefix("--")
+    name = flag.partition("=")[0]
+    if name in _OWN_ENGINE_FLAGS:
+        raise LocalConfigError(f"--engine-flag {text}: rempart up decides {name} itself")
+    return flag
+
+
 def served_name(model: Path) -> str:
     """The name to serve a model under when none is given: that of its folder, or of its file without the ending."""
     return model.stem if model.is_file() else model.resolve().name
@@ -88,6 +123,15 @@ def require_free_ports(config: LocalConfig) -> None:
             ) from error
 
 
+def verify_command(config: LocalConfig, environ: Mapping[str, str]) -> ChildCommand | None:
+    """What compares the model with its manifest; None when none is required."""
+    if config.require_manifest is None:
+        return None
+    key = () if config.manifest_key is None else ("--public-key", str(config.manifest_key))
+    args = (str(config.model), "--manifest", str(config.require_manifest), *key)
+    return ChildCommand(VERIFY, "rempart_engine.manifest", args, environ)
+
+
 def engine_command(config: LocalConfig, number: int, environ: Mapping[str, str]) -> ChildCommand:
     """The engine of that number, from 1."""
     num_threads = config.num_threads or threads_per_engine(len(os.sched_getaffinity(0)), config.num_engines)
@@ -99,6 +143,7 @@ def engine_command(config: LocalConfig, number: int, environ: Mapping[str, str])
         "--metrics-port": "0",
         "--num-threads": str(num_threads),
         "--log-level": config.log_level,
+        **_given({"--require-manifest": config.require_manifest, "--manifest-key": config.manifest_key}),
     }
     return ChildCommand(f"engine {number}", config.engine_module, (*_flat(args), *config.engine_args), environ)
 
@@ -127,6 +172,10 @@ def router_command(
 def threads_per_engine(num_cores: int, num_engines: int) -> int:
     """An equal share for each, and at least one."""
     return max(1, num_cores // num_engines)
+
+
+def _given(args: Mapping[str, Path | None]) -> dict[str, str]:
+    return {flag: str(value) for flag, value in args.items() if value is not None}
 
 
 def _flat(args: Mapping[str, str]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from functools import partial
 from rich.console import Console
 
 from rempart_platform.local import LocalPlatform, RunningPlatform, StopRequests
-from rempart_platform.local_config import LocalConfig, LocalConfigError
+from rempart_platform.local_config import VERIFY, LocalConfig, LocalConfigError
 from rempart_platform.startup_view import StartupView
 from rempart_platform.tenancy.embedded import EmbeddedRedisError
 from rempart_platform.welcome import ready_line, welcome
@@ -60,7 +60,10 @@ async def _up(
         sys.stdout.write(render(platform) + "\n")
         sys.stdout.flush()
 
-    view.expect(*(f"engine {number}" for number in range(1, config.num_engines + 1)))
+    view.expect(
+        *(() if config.require_manifest is None else (VERIFY,)),
+        *(f"engine {number}" for number in range(1, config.num_engines + 1)),
+    )
     death = await LocalPlatform(config, environ, view).run(announce, stop)
     if death is not None:
         view.say(death)

@@ -19,7 +19,15 @@ import pytest
 from rich.console import Console
 
 from rempart_platform.child_process import ChildDeath
-from rempart_platform.local_config import LocalConfig, LocalConfigError, engine_command, served_name, threads_per_engine
+from rempart_platform.local_config import (
+    LocalConfig,
+    LocalConfigError,
+    engine_command,
+    served_name,
+    threads_per_engine,
+    to_engine_flag,
+    verify_command,
+)
 from rempart_platform.local_testing import FAKE_ENGINE, PlatformUnderTest, run_cli, write_byte_model
 from rempart_platform.startup_view import StartupView
 
@@ -129,6 +137,49 @@ def test_an_engine_that_cannot_start_is_reported_with_the_end_of_its_log(up: Up,
     assert "no such weights" in log.partition("engine 1 ended")[2]
 
 
+def write_manifest(model: Path, manifest: Path) -> Path:
+    written = run_cli("verify", str(model), "--manifest", str(manifest), "--write", environ=os.environ)
+    assert written.returncode == 0, written.stderr
+    return manifest
+
+
+def test_a_model_that_is_as_its_manifest_says_is_served(up: Up, model_folder: Path, tmp_path: Path) -> None:
+    manifest = write_manifest(model_folder, tmp_path / "manifest.json")
+    with up("--require-manifest", str(manifest)) as platform:
+        platform.wait_until_ready()
+        processes = platform.processes()
+        assert platform.stop() == 0
+    assert_nothing_is_left(processes, tmp_path)
+    assert "verify | 2 files are as in the manifest" in platform.log_path.read_text()
+
+
+def test_a_tokenizer_that_was_changed_is_named_before_anything_is_started(up: Up, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    model = write_byte_model(tmp_path / "model")
+    manifest = write_manifest(model, tmp_path / "manifest.json")
+    tokenizer = model / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("<|im_end|>", "<|im_enc|>"))
+    started = tmp_path / "started"
+    (tmp_path / "told_engine.py").write_text(f"import pathlib; pathlib.Path({str(started)!r}).touch()")
+    with up("--model", str(model), "--require-manifest", str(manifest), engine_module="told_engine") as platform:
+        assert platform.process.wait(30) == 1
+        assert platform.process.stdout is not None
+        assert platform.process.stdout.read() == ""
+    log = platform.log_path.read_text()
+    assert "verify ended with code 1" in log
+    assert "tokenizer.json: has other contents" in log
+    assert not started.exists()
+
+
+def test_a_signal_while_the_model_is_verified_ends_it(up: Up, model_folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")  # opening it waits for a writer, and none comes
+    with up("--require-manifest", str(tmp_path / "manifest.json")) as platform:
+        wait_for(lambda: any("rempart_engine.manifest" in each.cmdline() for each in platform.processes()))
+        processes = platform.processes()
+        assert platform.stop() == 0
+    assert_nothing_is_left(processes, tmp_path)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the death signal of a parent is a Linux feature")
 def test_all_processes_die_with_it_even_when_it_is_killed(up: Up) -> None:
     with up("--engines", "2") as platform:
@@ -196,6 +247,7 @@ def test_a_port_that_is_taken_is_named_before_anything_starts(model_folder: Path
         ({"model_name": "a=b"}, "--served-model-name"),
         ({"num_engines": 0}, "--engines"),
         ({"http_port": 8001}, "--http-port"),
+        ({"manifest_key": Path("key.pem")}, "--require-manifest"),
     ],
 )
 def test_a_setting_that_cannot_be_served_is_named(model_folder: Path, changes: dict[str, object], message: str) -> None:
@@ -220,6 +272,34 @@ def test_engine_flags_are_passed_on(model_folder: Path) -> None:
     assert command.name == "engine 2"
     assert command.args[-2:] == ("--dtype", "float32")
     assert command.args[command.args.index("--num-threads") + 1] == "3"
+
+
+def test_a_manifest_is_handed_to_the_engines_and_checked_before(model_folder: Path) -> None:
+    assert verify_command(LocalConfig(model_folder, "smol"), {}) is None
+    config = LocalConfig(model_folder, "smol", require_manifest=Path("m.json"), manifest_key=Path("key.pem"))
+    engine, verify = engine_command(config, 1, {}), verify_command(config, {})
+    assert engine.args[-4:] == ("--require-manifest", "m.json", "--manifest-key", "key.pem")
+    assert verify is not None
+    assert verify.args == (str(model_folder), "--manifest", "m.json", "--public-key", "key.pem")
+
+
+@pytest.mark.parametrize(
+    ("said", "flag"),
+    [
+        ("kv-cache-dtype=fp8", "--kv-cache-dtype=fp8"),
+        ("no-enable-prefix-cache", "--no-enable-prefix-cache"),
+        ("--watermark=0.5", "--watermark=0.5"),
+    ],
+)
+def test_any_flag_of_an_engine_can_be_given(said: str, flag: str) -> None:
+    assert to_engine_flag(said) == flag
+
+
+@pytest.mark.parametrize("said", ["port=1", "--model=other", "require-manifest=other.json"])
+def test_what_up_decides_itself_is_no_engine_flag_to_give(model_folder: Path, said: str) -> None:
+    ended = run_cli("up", "--model", str(model_folder), "--engine-flag", said, environ=os.environ)
+    assert ended.returncode == 2
+    assert f"--engine-flag {said}: rempart up decides" in ended.stderr
 
 
 def test_a_model_is_named_after_its_file_or_folder(tmp_path: Path) -> None:
