@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from rempart_engine.config import BLOCK_SIZE
+from rempart_engine.core.scheduler_config import MAX_SPECULATIVE_TOKENS
 from rempart_engine.core.step import NewRow, ScheduledRow, StepPlan
 
 TILE_TOKENS = 16
@@ -35,8 +36,9 @@ class RowTable:
     """What a runner keeps per row: the tokens of its sequence and its block table."""
 
     def __init__(self, max_num_rows: int, max_model_len: int) -> None:
-        # One more than the model's length: the last sampled token is never computed, but it is written down.
-        self._token_ids = np.zeros((max_num_rows, max_model_len + 1), np.int64)
+        # Beyond the model's length: the last sampled token is never computed, but it is written down; and a draft is
+        # proposed before it is known whether the sequence ends, up to two places further.
+        self._token_ids = np.zeros((max_num_rows, max_model_len + MAX_SPECULATIVE_TOKENS), np.int64)
         self._block_tables = np.zeros((max_num_rows, -(-max_model_len // BLOCK_SIZE)), np.int32)
         self._num_tokens = np.zeros(max_num_rows, np.int64)
         self._num_blocks = np.zeros(max_num_rows, np.int64)

@@ -50,7 +50,9 @@ class ScheduledRow:
     num_draft_tokens: int = 0
     max_drafts: int = 0
     """How many drafts the runner may propose, after sampling, for the row's next step. The block table has room for the
-    KV that proposing them writes, which reaches up to `max_drafts - 1` tokens beyond the new tokens."""
+    KV that proposing them writes, which reaches up to `max_drafts - 1` tokens beyond the new tokens. If all drafts of
+    this step are accepted, the last of the next ones may lie up to `MAX_SPECULATIVE_TOKENS - 1` places beyond the
+    longest sequence; they are never scheduled."""
 
 
 @dataclass(frozen=True, slots=True)
