@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from rempart_engine.kernels.packed_linear import PackedLinear
+from rempart_engine.kernels.sigmoid import sigmoid
 from rempart_engine.kernels.silu_mul import silu_mul
 from rempart_engine.model.deepseek.config import MoEConfig
 from rempart_engine.model.weights.weight import LinearFactory, Weight
@@ -41,7 +42,7 @@ class Router(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [T, W] -> [T, k] int64 and float32
         """Ids of each token's experts, ascending, and their weights. The bias chooses, and never weighs."""
         config = self._config
-        scores = self.gate(x.float()).sigmoid()
+        scores = sigmoid(self.gate(x.float()))
         ranked = (scores + self.bias).unflatten(1, (config.num_groups, -1))
         group_scores = ranked.topk(min(2, ranked.shape[2]), dim=-1).values.sum(-1)
         chosen_groups = group_scores.topk(config.num_chosen_groups, dim=-1).indices
