@@ -7,6 +7,7 @@ from rempart_engine.inputs import StepInputs
 from rempart_engine.kernels import paged_attention as attention_op
 from rempart_engine.kernels import quantize_rows as quantize_op
 from rempart_engine.kernels import rms_norm as norm_op
+from rempart_engine.kernels import sigmoid as sigmoid_op
 from rempart_engine.kernels import silu_mul as silu_op
 from rempart_engine.kernels import store_kv as store_op
 from rempart_engine.kernels.int8_linear import Int8Linear
@@ -15,6 +16,7 @@ from rempart_engine.kernels.paged_attention.reference import paged_attention as 
 from rempart_engine.kernels.quantize_rows.reference import ZERO_POINT
 from rempart_engine.kernels.quantize_rows.reference import quantize_rows as reference_quantize
 from rempart_engine.kernels.rms_norm.reference import add_rms_norm as reference_norm
+from rempart_engine.kernels.sigmoid.reference import sigmoid as reference_sigmoid
 from rempart_engine.kernels.silu_mul.reference import silu_mul as reference_silu
 from rempart_engine.kernels.store_kv.reference import rope_and_store_kv as reference_store
 from rempart_engine.kernels.testing import make_step
@@ -175,3 +177,20 @@ def test_packed_linear_gives_the_same_bits_in_any_company(dtype: torch.dtype, ou
     whole = layer(x)
     for start, stop in ((0, 1), (5, 6), (100, 102), (3, 20), (0, 64), (64, 129), (1, 257)):
         assert torch.equal(layer(x[start:stop].contiguous()), whole[start:stop])
+
+
+def test_sigmoid_equals_its_reference_and_gives_the_same_bits_wherever_a_row_stands() -> None:
+    for width in (1, 6, 16, 257):
+        x = torch.randn(300, width) * 5
+        whole = sigmoid_op.sigmoid(x)
+        assert (whole - reference_sigmoid(x)).abs().max().item() < 3e-7
+        for start, stop in ((0, 1), (7, 8), (3, 20), (299, 300)):
+            assert torch.equal(sigmoid_op.sigmoid(x[start:stop]), whole[start:stop])
+    extremes = sigmoid_op.sigmoid(torch.tensor([[torch.nan, torch.inf, -torch.inf, -200.0, 200.0]]))[0]
+    assert extremes[0].isnan()
+    assert (extremes[1:] - torch.tensor([1.0, 0.0, 0.0, 1.0])).abs().max().item() < 1e-30
+
+
+def test_sigmoid_refuses_other_types() -> None:
+    with pytest.raises(ValueError, match="float32 matrix"):
+        sigmoid_op.sigmoid(torch.randn(3, 3).double())

@@ -57,7 +57,9 @@ def load_network(
 
     Raises:
         ModelError: a tensor cannot be read, or the model has no such numbers as the configuration asks for.
+        ValueError: the configuration asks for drafts that the model cannot make.
     """
+    config.num_drafts_with(source.config.num_mtp_layers if isinstance(source, DeepseekFolder) else 0)
     if isinstance(source, DeepseekFolder):
         return _deepseek(source, config, precision, max_model_len, on_progress)
     return _llama(source, config, precision, max_model_len, on_progress)
