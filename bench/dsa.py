@@ -95,6 +95,11 @@ def measure_memory(context: int) -> PromptMemory:
     return PromptMemory(context, **line)
 
 
+def can_measure_memory() -> bool:
+    """Whether a process here can forget its peak: Linux alone."""
+    return Path("/proc/self/clear_refs").exists()
+
+
 def _lines(script: str, args: Sequence[str]) -> Iterator[dict[str, Any]]:
     command = [sys.executable, "-P", str(Path(__file__).with_name(script)), *args]
     environ = core_environ(os.environ, this_machine().cores)
@@ -113,7 +118,7 @@ def ratio(seconds: Seconds) -> float:
 
 def kernels_table(result: Measurement, limits: Limits) -> str:
     """Times of attention alone, and what they amount to."""
-    head = ["context x batch", "dense ms", "sparse ms", "dense / sparse"]
+    head = ["context x batch", "dense ms", "sparse ms", "dense / sparse", "by FLOP"]
     head += ["GFLOP", "MB read", "GFLOP/s", "GB/s", "of GEMM", "of memory", "torch dense ms", "torch sparse ms"]
     rows = []
     for case, seconds in result.kernels.items():
@@ -126,6 +131,7 @@ def kernels_table(result: Measurement, limits: Limits) -> str:
                 _ms(seconds["dense"]),
                 _ms(seconds["sparse"]),
                 f"{ratio(seconds):.2f}",
+                f"{works['dense'].flop / works['sparse'].flop:.2f}",
                 _both(f"{work.flop / 1e9:,.2f}" for work in works.values()),
                 _both(f"{work.read_bytes / 1e6:,.1f}" for work in works.values()),
                 _both(f"{flop / 1e9:,.0f}" for flop, _ in rates),
@@ -144,16 +150,17 @@ def layers_table(result: Measurement) -> str:
     head += ["of sparse: projections", "choosing", "attending", "most is"]
     rows = []
     for case, seconds in result.layers.items():
-        shares = sparse_shares(seconds, result.kernels[case])
+        shares = sparse_shares(seconds)
         cells = [_ms(seconds["dense"]), _ms(seconds["sparse"]), f"{ratio(seconds):.2f}"]
         most = max(shares, key=lambda part: shares[part])
         rows.append([case.name, *cells, *(f"{share:.0%}" for share in shares.values()), most])
     return table(head, rows)
 
 
-def sparse_shares(layer: Seconds, kernels: Seconds) -> dict[str, float]:
+def sparse_shares(seconds: Seconds) -> dict[str, float]:
     """Which part of a sparse layer's time is what, by medians: kernels as timed alone, projections the rest."""
-    whole, attention, choosing = (median(times) for times in (layer["sparse"], kernels["sparse"], kernels["choosing"]))
+    names = ("sparse", "sparse kernels", "choosing")
+    whole, attention, choosing = (median(seconds[name]) for name in names)
     return {
         "projections": max(whole - attention, 0.0) / whole,
         "choosing": choosing / whole,
@@ -245,7 +252,8 @@ def run(args: argparse.Namespace) -> None:
     for cache in args.caches:
         results.append(measure(cache, contexts, batches, args.rounds))
         limits.append(Limits(**measure_limits(machine.cores)))
-    memory = [measure_memory(context) for context in (contexts[-1:] if args.quick else _PROMPT_CONTEXTS)]
+    chunks = contexts[-1:] if args.quick else _PROMPT_CONTEXTS
+    memory = [measure_memory(context) for context in chunks] if can_measure_memory() else []
     best = Limits(max(found.stream_bytes_per_s for found in limits), max(found.gemm_flop_per_s for found in limits))
     print(", ".join(f"{name} {version}" for name, version in versions("torch", "numpy", "numba").items()))
     print(
@@ -256,7 +264,7 @@ def run(args: argparse.Namespace) -> None:
     for result in results:
         print_cache(result, best)
     print(f"\nmemory of a prompt's chunk; index scores take {AttentionOptions().score_bytes / 1e6:.0f} MB at most\n")
-    print(memory_table(memory))
+    print(memory_table(memory) if memory else "not measured: this needs Linux")
     if args.json:
         write_json(args.json, machine, results_json(results, memory, limits))
 

@@ -2,7 +2,7 @@
 
     python bench/dsa_worker.py --cache bfloat16 --contexts 2048 131072 --batches 1 16 --rounds 5
     stdout  JSON lines: {"arithmetic": ...}, then {"kind": "kernels" or "layer", "context": ..., "batch": ...,
-            "seconds": {"dense": [...], "sparse": [...], "choosing": [...]}}, or {"wrong": "..."} and nothing more
+            "seconds": {"dense": [...], "sparse": [...], ...}}, or {"wrong": "..."} and nothing more
 
 All ways are run in turn, round after round, after a first time that is not measured.
 """
@@ -59,7 +59,6 @@ def time_kernels(case: Case, caches: Caches, num_rounds: int) -> dict[str, list[
     contestants: dict[str, Callable[[], object]] = {
         "dense": lambda: dense(caches, new),
         "sparse": lambda: sparse(caches, new),
-        "choosing": lambda: choose(caches, new),
     }
     if case.batch == 1 and case.cache != "fp8":
         sketch = TorchSketch(caches, new)
@@ -69,17 +68,19 @@ def time_kernels(case: Case, caches: Caches, num_rounds: int) -> dict[str, list[
 
 
 def time_layers(case: Case, caches: Caches, layers: Layers, num_rounds: int) -> dict[str, list[float]]:
-    """Attention with its projections.
+    """Attention with its projections; of the sparse one also what its kernels take, and choosing alone.
 
     Raises:
         WrongAnswerError: one computes wrong.
     """
-    step = new_tokens(caches, [(case.context, 1)] * case.batch).step
-    x = hidden_states(case.batch, caches.dtype)
+    new = new_tokens(caches, [(case.context, 1)] * case.batch)
+    step, x = new.step, hidden_states(case.batch, caches.dtype)
     check_layers(case, layers.dense(x, caches, step), layers.sparse(x, caches, step))
     contestants = {
         "dense": lambda: layers.dense(x, caches, step),
         "sparse": lambda: layers.sparse(x, caches, step),
+        "sparse kernels": lambda: sparse(caches, new),
+        "choosing": lambda: choose(caches, new),
     }
     return alternate(contestants, num_rounds)
 
