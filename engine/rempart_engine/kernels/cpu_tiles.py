@@ -10,6 +10,7 @@ Each sum is a fixed sequence of operations over K, so a row of a result cannot d
 (docs/adr/0003-batch-invariance.md). A compiler left to itself keeps such sums in memory: four times slower.
 """
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -26,11 +27,15 @@ TILE_ROWS = 8
 TILE_COLUMNS = 32
 
 _LANES = 16
-_VECTORS = TILE_COLUMNS // _LANES
+_PARTS = range(TILE_COLUMNS // _LANES)
+_FLOAT_BYTES = 4
+_VECTOR_BYTES = _FLOAT_BYTES * _LANES
+_LINE_BYTES = 64
 _FLOAT = ir.FloatType()
 _INT = ir.IntType(32)
 _ADDRESS = ir.IntType(64)
 _SUMS = ir.VectorType(_FLOAT, _LANES)
+_MULTIPLY_ADD = "llvm.fma.v16f32"
 
 
 class _BFloat16(ir.Type):  # type: ignore[misc]  # llvmlite carries no types
@@ -68,109 +73,170 @@ def add_product_bfloat16(a, b, c):  # type: ignore[no-untyped-def]
             _add_tile_bfloat16(a, b, c, row, column)  # type: ignore[call-arg]
 
 
+@njit(**INLINED)
+def weighted_scores_float32(a, b, weights, out):  # type: ignore[no-untyped-def]
+    """out [M] = sum over N of weights [N] * max(a [M, K] @ b [K, N], 0); M a multiple of 8, N of 32.
+
+    Products never leave the registers.
+    """
+    for row in range(0, out.shape[0], TILE_ROWS):
+        _weighted_tile_float32(a, b, weights, out, row)  # type: ignore[call-arg]
+
+
+@njit(**INLINED)
+def weighted_scores_bfloat16(a, b, weights, out):  # type: ignore[no-untyped-def]
+    """The same for a [M, K/2] and b [K/2, N] of pairs."""
+    for row in range(0, out.shape[0], TILE_ROWS):
+        _weighted_tile_bfloat16(a, b, weights, out, row)  # type: ignore[call-arg]
+
+
 @intrinsic
-def weighted_positive_sum(typing_context, numbers, weights, row):  # type: ignore[no-untyped-def]  # numba's protocol
-    """Sum over i of weights[i] * max(numbers[row, i], 0) in float32, in a fixed order; a multiple of 16 of them."""
+def prefetch(typing_context, array):  # type: ignore[no-untyped-def]  # numba's protocol
+    """Have the array's memory, without gaps, on its way into the second-level cache. Changes nothing."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        numbers, weights = (make_array(signature.args[i])(context, builder, args[i]) for i in range(2))
-        multiply_add = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_SUMS, [_SUMS] * 3), "llvm.fma.v16f32"
+        found = make_array(signature.args[0])(context, builder, args[0])
+        address = ir.IntType(8).as_pointer()
+        fetch = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [address, _INT, _INT, _INT]), "llvm.prefetch.p0"
         )
-        row_step, _ = cgutils.unpack_tuple(builder, numbers.strides)
-        at = builder.add(builder.ptrtoint(numbers.data, _ADDRESS), builder.mul(row_step, args[2]))
-        weights_at = builder.ptrtoint(weights.data, _ADDRESS)
-        num_vectors = builder.udiv(cgutils.unpack_tuple(builder, weights.shape)[0], _ADDRESS(_LANES))
-        zeros = ir.Constant(_SUMS, [0.0] * _LANES)
-        total = cgutils.alloca_once_value(builder, zeros)
-        with cgutils.for_range(builder, num_vectors, intp=_ADDRESS) as loop:
-            offset = builder.mul(loop.index, _ADDRESS(4 * _LANES))
-            values = _load(builder, _SUMS, builder.add(at, offset))
-            factors = _load(builder, _SUMS, builder.add(weights_at, offset))
-            positive = builder.select(builder.fcmp_ordered(">", values, zeros), values, zeros)
-            builder.store(builder.call(multiply_add, [positive, factors, builder.load(total)]), total)
-        return _sum_of_lanes(builder, builder.load(total))
+        start = builder.ptrtoint(found.data, _ADDRESS)
+        num_lines = builder.udiv(builder.mul(found.nitems, found.itemsize), _ADDRESS(_LINE_BYTES))
+        with cgutils.for_range(builder, num_lines, intp=_ADDRESS) as loop:
+            line = builder.add(start, builder.mul(loop.index, _ADDRESS(_LINE_BYTES)))
+            builder.call(fetch, [builder.inttoptr(line, address), _INT(0), _INT(2), _INT(1)])
+        return context.get_dummy_value()
 
-    return types.float32(numbers, weights, types.int64), generate
+    return types.void(array), generate
 
 
 @intrinsic
 def _add_tile_float32(typing_context, a, b, c, row, column):  # type: ignore[no-untyped-def]
-    signature = types.void(a, b, c, types.int64, types.int64)
-    return signature, _generator(_FLOAT, "llvm.fma.v16f32", _SUMS, sums_first=False)
+    return types.void(a, b, c, types.int64, types.int64), _adding(_FLOAT32)
 
 
 @intrinsic
 def _add_tile_bfloat16(typing_context, a, b, c, row, column):  # type: ignore[no-untyped-def]
-    signature = types.void(a, b, c, types.int64, types.int64)
-    pairs = ir.VectorType(_BFloat16(), 2 * _LANES)
-    return signature, _generator(_INT, "llvm.x86.avx512bf16.dpbf16ps.512", pairs, sums_first=True)
+    return types.void(a, b, c, types.int64, types.int64), _adding(_PAIRS)
 
 
-def _generator(element: ir.Type, instruction: str, operand: ir.Type, *, sums_first: bool) -> Any:
-    """Code generator of a tile product: `instruction` takes two operands and the sums, these first or last."""
+@intrinsic
+def _weighted_tile_float32(typing_context, a, b, weights, out, row):  # type: ignore[no-untyped-def]
+    return types.void(a, b, weights, out, types.int64), _weighting(_FLOAT32)
 
+
+@intrinsic
+def _weighted_tile_bfloat16(typing_context, a, b, weights, out, row):  # type: ignore[no-untyped-def]
+    return types.void(a, b, weights, out, types.int64), _weighting(_PAIRS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What is multiplied, and by which instruction: of two operands and the sums, these first or last."""
+
+    element: ir.Type
+    operand: ir.VectorType
+    instruction: str
+    sums_first: bool
+
+    def multiply(self, builder: Any, left: Any, right: Any, sums: Any) -> Any:
+        operands = [sums, left, right] if self.sums_first else [left, right, sums]
+        kinds = [_SUMS if operand is sums else self.operand for operand in operands]
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_SUMS, kinds), self.instruction)
+        return builder.call(function, operands)
+
+
+_FLOAT32 = _Kind(_FLOAT, _SUMS, _MULTIPLY_ADD, sums_first=False)
+_PAIRS = _Kind(_INT, ir.VectorType(_BFloat16(), 2 * _LANES), "llvm.x86.avx512bf16.dpbf16ps.512", sums_first=True)
+
+_Sums = list[list[Any]]
+"""Variables of a tile, 8 x 2 vectors; the compiler keeps them in registers."""
+
+
+def _adding(kind: _Kind) -> Any:
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        a, b, c = (
-            make_array(kind)(context, builder, value) for kind, value in zip(signature.args[:3], args[:3], strict=True)
-        )
+        a, b, c = (_array(context, builder, signature, args, i) for i in range(3))
         first_row, first_column = args[3:]
-        multiply = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(_SUMS, [_SUMS, operand, operand] if sums_first else [operand, operand, _SUMS]),
-            instruction,
-        )
-        tile = _Tile(builder, c, first_row, first_column)
-        a_row, a_step = cgutils.unpack_tuple(builder, a.strides)
-        b_step, _ = cgutils.unpack_tuple(builder, b.strides)
-        depth = cgutils.unpack_tuple(builder, b.shape)[0]
-        a_start = builder.add(builder.ptrtoint(a.data, _ADDRESS), builder.mul(a_row, first_row))
-        b_start = builder.add(builder.ptrtoint(b.data, _ADDRESS), builder.mul(_ADDRESS(4), first_column))
-        vector = ir.VectorType(element, _LANES)
-        sums = [[tile.load(row, part) for part in range(_VECTORS)] for row in range(TILE_ROWS)]
-        with cgutils.for_range(builder, depth, intp=_ADDRESS) as loop:
-            b_at = builder.add(b_start, builder.mul(loop.index, b_step))
-            rights = [
-                builder.bitcast(_load(builder, vector, _offset(builder, b_at, 4 * _LANES * part)), operand)
-                for part in range(_VECTORS)
+        places = [
+            [
+                _offset(builder, _row_at(builder, c, first_row, row, first_column), _VECTOR_BYTES * part)
+                for part in _PARTS
             ]
-            a_at = builder.add(a_start, builder.mul(loop.index, a_step))
-            for row in range(TILE_ROWS):
-                number = _load(builder, element, builder.add(a_at, builder.mul(a_row, _ADDRESS(row))))
-                left = builder.bitcast(_broadcast(builder, number, vector), operand)
-                for part, right in enumerate(rights):
-                    total = builder.load(sums[row][part])
-                    operands = [total, left, right] if sums_first else [left, right, total]
-                    builder.store(builder.call(multiply, operands), sums[row][part])
+            for row in range(TILE_ROWS)
+        ]
+        sums = [[cgutils.alloca_once_value(builder, _load(builder, _SUMS, at)) for at in row] for row in places]
+        _multiply_over_depth(builder, kind, a, b, first_row, first_column, sums)
         for row in range(TILE_ROWS):
-            for part in range(_VECTORS):
-                tile.store(row, part, builder.load(sums[row][part]))
+            for part in _PARTS:
+                _store(builder, builder.load(sums[row][part]), places[row][part])
         return context.get_dummy_value()
 
     return generate
 
 
-class _Tile:
-    """The sums' place in memory."""
+def _weighting(kind: _Kind) -> Any:
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        a, b, weights, out = (_array(context, builder, signature, args, i) for i in range(4))
+        first_row = args[4]
+        weights_at = builder.ptrtoint(weights.data, _ADDRESS)
+        zeros = ir.Constant(_SUMS, [0.0] * _LANES)
+        totals = [cgutils.alloca_once_value(builder, zeros) for _ in range(TILE_ROWS)]
+        sums = [[cgutils.alloca_once(builder, _SUMS) for _ in _PARTS] for _ in range(TILE_ROWS)]
+        num_tiles = builder.udiv(cgutils.unpack_tuple(builder, b.shape)[1], _ADDRESS(TILE_COLUMNS))
+        with cgutils.for_range(builder, num_tiles, intp=_ADDRESS) as tiles:
+            first_column = builder.mul(tiles.index, _ADDRESS(TILE_COLUMNS))
+            for variables in sums:
+                for variable in variables:
+                    builder.store(zeros, variable)
+            _multiply_over_depth(builder, kind, a, b, first_row, first_column, sums)
+            tile_weights_at = builder.add(weights_at, builder.mul(first_column, _ADDRESS(_FLOAT_BYTES)))
+            for part in _PARTS:
+                factors = _load(builder, _SUMS, _offset(builder, tile_weights_at, _VECTOR_BYTES * part))
+                for row in range(TILE_ROWS):
+                    product = builder.load(sums[row][part])
+                    positive = builder.select(builder.fcmp_ordered("<", product, zeros), zeros, product)
+                    total = _FLOAT32.multiply(builder, positive, factors, builder.load(totals[row]))
+                    builder.store(total, totals[row])
+        out_at = builder.add(builder.ptrtoint(out.data, _ADDRESS), builder.mul(first_row, _ADDRESS(_FLOAT_BYTES)))
+        _store(builder, _sums_of_lanes(builder, [builder.load(total) for total in totals]), out_at)
+        return context.get_dummy_value()
 
-    def __init__(self, builder: Any, array: Any, first_row: Any, first_column: Any) -> None:
-        self._builder = builder
-        self._row_step, _ = cgutils.unpack_tuple(builder, array.strides)
-        row_at = builder.add(builder.ptrtoint(array.data, _ADDRESS), builder.mul(self._row_step, first_row))
-        self._start = builder.add(row_at, builder.mul(_ADDRESS(4), first_column))
+    return generate
 
-    def load(self, row: int, part: int) -> Any:
-        """A variable that holds 16 sums; the compiler turns it into a register."""
-        variable = cgutils.alloca_once(self._builder, _SUMS)
-        self._builder.store(_load(self._builder, _SUMS, self._at(row, part)), variable)
-        return variable
 
-    def store(self, row: int, part: int, sums: Any) -> None:
-        self._builder.store(sums, self._builder.inttoptr(self._at(row, part), _SUMS.as_pointer()), align=4)
+def _multiply_over_depth(
+    builder: Any, kind: _Kind, a: Any, b: Any, first_row: Any, first_column: Any, sums: _Sums
+) -> None:
+    """sums += a[first_row:][:8] @ b[:, first_column:][:, :32]."""
+    a_row_step, a_step = cgutils.unpack_tuple(builder, a.strides)
+    b_step, _ = cgutils.unpack_tuple(builder, b.strides)
+    a_start = builder.add(builder.ptrtoint(a.data, _ADDRESS), builder.mul(a_row_step, first_row))
+    b_start = builder.add(builder.ptrtoint(b.data, _ADDRESS), builder.mul(_ADDRESS(_FLOAT_BYTES), first_column))
+    vector = ir.VectorType(kind.element, _LANES)
+    with cgutils.for_range(builder, cgutils.unpack_tuple(builder, b.shape)[0], intp=_ADDRESS) as loop:
+        b_at = builder.add(b_start, builder.mul(loop.index, b_step))
+        rights = [
+            builder.bitcast(_load(builder, vector, _offset(builder, b_at, _VECTOR_BYTES * part)), kind.operand)
+            for part in _PARTS
+        ]
+        a_at = builder.add(a_start, builder.mul(loop.index, a_step))
+        for row in range(TILE_ROWS):
+            number = _load(builder, kind.element, builder.add(a_at, builder.mul(a_row_step, _ADDRESS(row))))
+            left = builder.bitcast(_broadcast(builder, number, vector), kind.operand)
+            for part, right in enumerate(rights):
+                variable = sums[row][part]
+                builder.store(kind.multiply(builder, left, right, builder.load(variable)), variable)
 
-    def _at(self, row: int, part: int) -> Any:
-        at = self._builder.add(self._start, self._builder.mul(self._row_step, _ADDRESS(row)))
-        return _offset(self._builder, at, 4 * _LANES * part)
+
+def _array(context: Any, builder: Any, signature: Any, args: Any, index: int) -> Any:
+    return make_array(signature.args[index])(context, builder, args[index])
+
+
+def _row_at(builder: Any, array: Any, first_row: Any, row: int, first_column: Any) -> Any:
+    """Address of a float in row first_row + row."""
+    row_step, _ = cgutils.unpack_tuple(builder, array.strides)
+    start = builder.add(builder.ptrtoint(array.data, _ADDRESS), builder.mul(_ADDRESS(_FLOAT_BYTES), first_column))
+    return builder.add(start, builder.mul(row_step, builder.add(first_row, _ADDRESS(row))))
 
 
 def _offset(builder: Any, address: Any, num_bytes: int) -> Any:
@@ -178,7 +244,11 @@ def _offset(builder: Any, address: Any, num_bytes: int) -> Any:
 
 
 def _load(builder: Any, kind: ir.Type, address: Any) -> Any:
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=_FLOAT_BYTES)
+
+
+def _store(builder: Any, vector: Any, address: Any) -> None:
+    builder.store(vector, builder.inttoptr(address, vector.type.as_pointer()), align=_FLOAT_BYTES)
 
 
 def _broadcast(builder: Any, number: Any, vector: ir.VectorType) -> Any:
@@ -187,13 +257,31 @@ def _broadcast(builder: Any, number: Any, vector: ir.VectorType) -> Any:
     return builder.shuffle_vector(first, unset, ir.Constant(ir.VectorType(_INT, _LANES), [0] * _LANES))
 
 
-def _sum_of_lanes(builder: Any, vector: Any) -> Any:
-    """By halving: lane i and lane i + 8, then i and i + 4, ..."""
-    width = _LANES
-    while width > 1:
+def _sums_of_lanes(builder: Any, vectors: list[Any]) -> Any:
+    """The sum of each vector's 16 lanes, by halving: lane i and lane i + 8, then i and i + 4, ... As one vector.
+
+    Two half-used vectors are put together into one, so that every addition works on whole vectors.
+    """
+    width = _LANES // 2  # of each vector's own part after the first addition
+    while len(vectors) > 1:
+        vectors = [
+            _halves_added(builder, first, second, width)
+            for first, second in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
         width //= 2
-        mask = ir.Constant(ir.VectorType(_INT, width), list(range(width)))
-        upper = ir.Constant(ir.VectorType(_INT, width), list(range(width, 2 * width)))
-        low, high = (builder.shuffle_vector(vector, vector, part) for part in (mask, upper))
-        vector = builder.fadd(low, high)
-    return builder.extract_element(vector, _INT(0))
+    (last,) = vectors
+    evens, odds = (
+        builder.shuffle_vector(last, last, ir.Constant(ir.VectorType(_INT, _LANES // 2), list(range(start, _LANES, 2))))
+        for start in (0, 1)
+    )
+    return builder.fadd(evens, odds)
+
+
+def _halves_added(builder: Any, first: Any, second: Any, width: int) -> Any:
+    """Parts of 2 * width lanes folded to width lanes: those of `first`, then those of `second`."""
+    starts = [start for start in range(0, 2 * _LANES, 2 * width)]
+    low, high = (
+        ir.Constant(ir.VectorType(_INT, _LANES), [start + shift + lane for start in starts for lane in range(width)])
+        for shift in (0, width)
+    )
+    return builder.fadd(builder.shuffle_vector(first, second, low), builder.shuffle_vector(first, second, high))

@@ -12,7 +12,7 @@ from rempart_engine.kernels.cpu_scalars import as_array
 from rempart_engine.kernels.cpu_tiles import TILE_COLUMNS, has_bfloat16_dot
 from rempart_engine.kernels.index_cache import fp8_pages, quantize_heads
 from rempart_engine.kernels.packing import columns_of_heads
-from rempart_engine.kernels.select_tokens.cpu import positions_from, scores_kernel
+from rempart_engine.kernels.select_tokens.cpu import positions_from, scores_kernel, thresholds_of
 
 Tokens = np.ndarray[tuple[int], np.dtype[np.integer[Any]]]
 
@@ -97,26 +97,14 @@ def _scores(
 def _choose(scores: torch.Tensor, lengths: Tokens, selection: Selection, tokens: Tokens) -> None:
     """Writes the selection of tokens [C] whose scores [C, S] are those before their lengths [C]."""
     num_chosen = selection.positions.shape[1]
-    scores.masked_fill_(torch.arange(scores.shape[1]) >= torch.from_numpy(lengths)[:, None], -torch.inf)
-    thresholds = _kth_largest(scores, num_chosen)
+    rows, num_workers = scores.numpy(), torch.get_num_threads()
+    thresholds = np.empty(len(tokens), np.float32)
+    thresholds_of(rows.view(np.uint32), lengths, num_chosen, num_workers, thresholds.view(np.uint32))
     chosen = np.empty((len(tokens), num_chosen), np.int32)
     counts = np.empty(len(tokens), np.int32)
-    positions_from(scores.numpy(), lengths, thresholds.numpy(), torch.get_num_threads(), chosen, counts)
+    positions_from(rows, lengths, thresholds, num_workers, chosen, counts)
     selection.positions.numpy()[tokens] = chosen
     selection.counts.numpy()[tokens] = counts
-
-
-def _kth_largest(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """The k-th largest of each row of scores [C, S]; [C].
-
-    The library gives a row to one thread. When there are fewer rows than threads they are cut: the k largest of a row
-    are among the k largest of its parts.
-    """
-    num_parts = max(1, torch.get_num_threads() // len(scores))
-    padded = torch.nn.functional.pad(scores, (0, -scores.shape[1] % num_parts), value=-torch.inf)
-    parts = padded.view(len(scores) * num_parts, -1)
-    largest = parts.topk(min(k, parts.shape[1]), sorted=False).values.view(len(scores), -1)
-    return largest.topk(k, sorted=False).values.amin(1)
 
 
 def _check(queries: torch.Tensor, weights: torch.Tensor, pool: torch.Tensor) -> None:

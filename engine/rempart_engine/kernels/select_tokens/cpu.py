@@ -1,20 +1,21 @@
 """Index scores and top-k on a CPU.
 
-Scores: 64 keys of a page against all heads of one query, heads side by side in vector lanes, then the weighted sum of
-what is positive. Top-k: the library finds the K-th largest score, and the row is read once more for everything above
-it, and for as many equal ones as are missing, the earliest first.
+Scores: 64 keys of a page against all heads of one query, heads side by side in vector lanes, down to the weighted sum
+of what is positive without leaving the registers. Top-k: a row's K-th largest score is found half by half of its bits,
+by counting; then the row is read once more for everything above it, and for as many equal ones as are missing, the
+earliest first.
 """
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from numba import njit, prange
 
 from rempart_engine.config import BLOCK_SIZE
 from rempart_engine.kernels.cpu_scalars import INLINED, OPTIONS, bfloat16_pair, load
-from rempart_engine.kernels.cpu_tiles import add_product_bfloat16, add_product_float32, weighted_positive_sum
+from rempart_engine.kernels.cpu_tiles import prefetch, weighted_scores_bfloat16, weighted_scores_float32
 
 SEGMENT_BLOCKS = 32
 """Blocks of one query's keys that are one piece of work."""
@@ -61,29 +62,74 @@ def scores_kernel(dim: int, *, is_fp8: bool, in_bfloat16: bool) -> Callable[...,
         num_segments = -(-out.shape[1] // (SEGMENT_BLOCKS * BLOCK_SIZE))
         for worker in prange(num_workers):
             keys = np.empty((BLOCK_SIZE, width), kind)
-            scores = np.empty((BLOCK_SIZE, queries.shape[2]), np.float32)
+            scores = np.empty(BLOCK_SIZE, np.float32)
             for item in range(worker, queries.shape[0] * num_segments, num_workers):
                 query, first_block = item // num_segments, item % num_segments * SEGMENT_BLOCKS
                 num_blocks = -(-lengths[query] // BLOCK_SIZE)
                 for block in range(first_block, min(first_block + SEGMENT_BLOCKS, num_blocks)):
                     block_id = block_tables[rows[query], block]
-                    scores[:] = np.float32(0.0)
+                    if block + 1 < num_blocks:
+                        prefetch(pages[block_tables[rows[query], block + 1]])  # type: ignore[call-arg]  # numba
                     if is_fp8 and in_bfloat16:
                         _read_fp8_page_in_pairs(pages[block_id], keys)
-                        add_product_bfloat16(keys, queries[query], scores)
+                        weighted_scores_bfloat16(keys, queries[query], weights[query], scores)
                     elif is_fp8:
                         _read_fp8_page(pages[block_id], keys)
-                        add_product_float32(keys, queries[query], scores)
+                        weighted_scores_float32(keys, queries[query], weights[query], scores)
                     elif in_bfloat16:
-                        add_product_bfloat16(pages[block_id], queries[query], scores)
+                        weighted_scores_bfloat16(pages[block_id], queries[query], weights[query], scores)
                     else:
-                        add_product_float32(pages[block_id], queries[query], scores)
+                        weighted_scores_float32(pages[block_id], queries[query], weights[query], scores)
                     start = block * BLOCK_SIZE
                     for t in range(min(BLOCK_SIZE, lengths[query] - start)):
-                        score: Any = weighted_positive_sum(scores, weights[query], t)  # type: ignore[call-arg]  # numba
-                        out[query, start + t] = score * scales[block_id, BLOCK_SIZE * dim // 4 + t] if is_fp8 else score
+                        scale = scales[block_id, BLOCK_SIZE * dim // 4 + t] if is_fp8 else np.float32(1.0)
+                        out[query, start + t] = scores[t] * scale
 
     return cast(Callable[..., None], index_scores)
+
+
+_HALVES = 1 << 16
+_SIGN = np.uint32(1 << 31)
+_ALL = np.uint32((1 << 32) - 1)
+
+
+@njit(**INLINED)
+def _in_order(bits):  # type: ignore[no-untyped-def]
+    """A float32's bits as an integer that is larger where the number is."""
+    return np.uint32(bits ^ (_ALL if bits & _SIGN else _SIGN))
+
+
+@njit(**INLINED)
+def _bucket_of(counts, rank):  # type: ignore[no-untyped-def]
+    """The bucket that holds the rank-th largest, counted from 1, and its rank among those in there."""
+    bucket = len(counts) - 1
+    while counts[bucket] < rank:
+        rank -= counts[bucket]
+        bucket -= 1
+    return bucket, rank
+
+
+@njit(**OPTIONS)
+def thresholds_of(scores, lengths, top_k, num_workers, out):  # type: ignore[no-untyped-def]
+    """The top_k-th largest of each scores[c, :lengths[c]], both as float32's bits in uint32, into out [C].
+
+    Rows are no shorter than top_k. Two passes count a score's upper half, then the lower half of those that share it.
+    """
+    for worker in prange(num_workers):
+        counts = np.empty(_HALVES, np.int32)
+        for row in range(worker, scores.shape[0], num_workers):
+            counts[:] = 0
+            for s in range(lengths[row]):
+                counts[_in_order(scores[row, s]) >> np.uint32(16)] += 1
+            upper, rank = _bucket_of(counts, top_k)
+            counts[:] = 0
+            for s in range(lengths[row]):
+                number = _in_order(scores[row, s])
+                if number >> np.uint32(16) == upper:
+                    counts[number & np.uint32(0xFFFF)] += 1
+            lower, _ = _bucket_of(counts, rank)
+            number = np.uint32((upper << 16) | lower)
+            out[row] = number ^ (_SIGN if number & _SIGN else _ALL)
 
 
 @njit(**OPTIONS)
