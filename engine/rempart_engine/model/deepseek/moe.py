@@ -43,7 +43,7 @@ class Router(nn.Module):
         """Ids of each token's experts, ascending, and their weights. The bias chooses, and never weighs."""
         config = self._config
         scores = sigmoid(self.gate(x.float()))
-        ranked = (scores + self.bias).unflatten(1, (config.num_groups, -1))
+        ranked = (scores + self.bias).view(len(x), config.num_groups, -1)
         group_scores = ranked.topk(min(2, ranked.shape[2]), dim=-1).values.sum(-1)
         chosen_groups = group_scores.topk(config.num_chosen_groups, dim=-1).indices
         is_hidden = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, chosen_groups, False)
