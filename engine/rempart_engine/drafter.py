@@ -8,44 +8,30 @@
 The first pass covers every token of every step, so that the layer's KV is there whenever drafts are wanted.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rempart_engine.core.step import StepPlan, TokenLogprob
+from rempart_engine.core.step import StepPlan
 from rempart_engine.inputs import RowTable, StepInputs
+from rempart_engine.kept import Kept
 from rempart_engine.kv_storage import KVStorage
-from rempart_engine.logprobs import RowLogprobs
 from rempart_engine.model.deepseek.model import Deepseek
 from rempart_engine.places import Places
 from rempart_engine.sampler import draft
 from rempart_engine.sampling_rows import SamplingRows
 
-SampledRow = tuple[bool, tuple[int, ...], tuple[TokenLogprob, ...]]
-"""Whether the row failed, its new tokens, and their log-probabilities."""
-
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """What sampling brought for P places of R rows, on the host."""
+class _Tails:
+    """Where R rows end after a step."""
 
-    token_ids: NDArray[np.int64]  # [P]
-    is_kept: NDArray[np.bool_]  # [P]
-    is_bad: NDArray[np.bool_]  # [R]
-    logprobs: RowLogprobs | None
-
-    def by_row(self, places: Places) -> Iterator[SampledRow]:
-        """Row by row, in the order of the plan."""
-        ids = self.token_ids.tolist()
-        logprobs = self.logprobs.token_logprobs(len(ids)) if self.logprobs else [()] * len(ids)
-        firsts = np.flatnonzero(places.is_first).tolist()
-        counts = np.bincount(places.row_numbers, self.is_kept, len(firsts)).astype(np.int64).tolist()
-        for first, count, is_bad in zip(firsts, counts, self.is_bad.tolist(), strict=True):
-            end = first + count
-            yield is_bad, tuple(ids[first:end]), tuple(value for entry in logprobs[first:end] for value in entry)
+    rows: NDArray[np.int64]  # [R]
+    positions: NDArray[np.int64]  # [R], of the row's last token, which was just sampled
+    limits: NDArray[np.int64]  # [R], how many drafts it may have, at least 1
+    tokens: NDArray[np.int64]  # [R], which of the step's tokens is the one before the last
 
 
 class Drafter:
@@ -71,10 +57,11 @@ class Drafter:
         hidden = self._model.look_further(hidden, torch.from_numpy(following), inputs, self._storage)
         if kept is None:
             return {}
-        rows, positions, limits, tokens = _wanting(plan, places, kept)
-        if not len(rows):
+        tails = _tails(plan, places, kept)
+        if not len(tails.rows):
             return {}
-        hidden = hidden[torch.from_numpy(tokens)]
+        rows, positions, limits = tails.rows, tails.positions, tails.limits
+        hidden = hidden[torch.from_numpy(tails.tokens)]
         for number in range(1, int(limits.max()) + 1):
             still = limits >= number
             rows, positions, limits = rows[still], positions[still], limits[still]
@@ -89,18 +76,13 @@ class Drafter:
         return {row.row: row.max_drafts for row in plan.rows if row.max_drafts}
 
 
-def _wanting(
-    plan: StepPlan, places: Places, kept: Kept
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Of rows that may have drafts [R]: row, position of its last token, how many drafts, and which of the step's
-    tokens is the one before its last."""
-    limits = np.array([row.max_drafts for row in plan.rows if row.samples], np.int64)
-    starts = np.array([row.start for row in plan.rows if row.samples], np.int64)
-    ends = np.cumsum([row.num_new_tokens for row in plan.rows])
-    firsts = (ends - [row.num_new_tokens for row in plan.rows])[[row.samples for row in plan.rows]]
+def _tails(plan: StepPlan, places: Places, kept: Kept) -> _Tails:
+    """Of the plan's rows that may have drafts."""
+    firsts = np.cumsum([0, *(row.num_new_tokens for row in plan.rows)])
+    table = [(row.max_drafts, first - row.start) for row, first in zip(plan.rows, firsts, strict=False) if row.samples]
+    limits, shifts = np.array(table, np.int64).T  # a shift turns a position into a place among the step's tokens
     counts = np.bincount(places.row_numbers, kept.is_kept, len(limits)).astype(np.int64)
-    first_places = np.flatnonzero(places.is_first)
     wants = (limits > 0) & (counts > 0)
-    last = first_places[wants] + counts[wants] - 1
+    last = np.flatnonzero(places.is_first)[wants] + counts[wants] - 1
     positions = places.positions[last]
-    return places.rows[last], positions, limits[wants], firsts[wants] + positions - 1 - starts[wants]
+    return _Tails(places.rows[last], positions, limits[wants], positions - 1 + shifts[wants])

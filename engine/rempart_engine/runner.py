@@ -11,8 +11,9 @@ from rempart_engine.config import EngineConfig
 from rempart_engine.core.request import SamplingParams
 from rempart_engine.core.runner import LoadedModel
 from rempart_engine.core.step import NewRow, RowResult, ScheduledRow, StepPlan, StepResult, TokenLogprob
-from rempart_engine.drafter import Drafter, Kept
+from rempart_engine.drafter import Drafter
 from rempart_engine.inputs import RowTable, num_outputs
+from rempart_engine.kept import Kept
 from rempart_engine.kv_storage import KVStorage, block_bytes
 from rempart_engine.logprobs import prompt_logprobs
 from rempart_engine.model.errors import ModelError
