@@ -12,6 +12,7 @@ from numba import njit
 
 from rempart_engine.inputs import StepInputs
 from rempart_engine.kernels.cpu_scalars import load
+from rempart_engine.kernels.cpu_tiles import read_e4m3_pairs
 from rempart_engine.kernels.fp8 import e4m3_bytes, power_of_two_scales
 from rempart_engine.kernels.headwise_linear import HeadwiseLinear
 from rempart_engine.kernels.headwise_linear.reference import headwise_linear as reference_headwise
@@ -396,6 +397,11 @@ def decode(stored, out):  # type: ignore[no-untyped-def]
         out[i] = load(stored[i])
 
 
+@njit
+def _read_pairs(values, first, pairs):  # type: ignore[no-untyped-def]  # numba infers
+    read_e4m3_pairs(values, first, pairs)
+
+
 def test_every_e4m3_byte_is_read_as_torch_and_the_format_say() -> None:
     stored = torch.arange(256).to(torch.uint8)
     ours = np.empty(256, np.float32)
@@ -406,6 +412,16 @@ def test_every_e4m3_byte_is_read_as_torch_and_the_format_say() -> None:
         assert np.array_equal(np.isnan(ours), np.isnan(expected))
         finite = ~np.isnan(expected)
         assert np.array_equal(ours[finite].view(np.uint32), expected[finite].view(np.uint32))  # -0.0 too
+
+
+def test_every_e4m3_byte_is_read_into_pairs_of_bfloat16_exactly() -> None:
+    stored = torch.arange(256).roll(3).to(torch.uint8)
+    pairs = np.empty(123, np.uint32)  # seven whole vectors and a rest, from an odd byte on
+    _read_pairs(stored.numpy(), 7, pairs)
+    expected = stored[7:253].view(torch.float8_e4m3fn).bfloat16()
+    ours = torch.from_numpy(pairs.view(np.uint16)).view(torch.bfloat16)
+    assert torch.equal(ours.isnan(), expected.isnan())
+    assert torch.equal(ours.nan_to_num(0.0).view(torch.int16), expected.nan_to_num(0.0).view(torch.int16))
 
 
 def test_numbers_round_to_the_nearest_e4m3() -> None:

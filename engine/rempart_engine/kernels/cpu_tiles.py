@@ -21,7 +21,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
-from rempart_engine.kernels.cpu_scalars import INLINED
+from rempart_engine.kernels.cpu_scalars import INLINED, bfloat16_pair, load
 
 TILE_ROWS = 8
 TILE_COLUMNS = 32
@@ -74,40 +74,93 @@ def add_product_bfloat16(a, b, c):  # type: ignore[no-untyped-def]
 
 
 @njit(**INLINED)
-def weighted_scores_float32(a, b, weights, out):  # type: ignore[no-untyped-def]
+def weighted_scores_float32(a, b, weights, following, out):  # type: ignore[no-untyped-def]
     """out [M] = sum over N of weights [N] * max(a [M, K] @ b [K, N], 0); M a multiple of 8, N of 32.
 
-    Products never leave the registers.
+    Products never leave the registers. Meanwhile the memory of `following`, without gaps, comes closer.
     """
     for row in range(0, out.shape[0], TILE_ROWS):
+        _fetch(following, row, out.shape[0])  # type: ignore[call-arg]
         _weighted_tile_float32(a, b, weights, out, row)  # type: ignore[call-arg]
 
 
 @njit(**INLINED)
-def weighted_scores_bfloat16(a, b, weights, out):  # type: ignore[no-untyped-def]
+def weighted_scores_bfloat16(a, b, weights, following, out):  # type: ignore[no-untyped-def]
     """The same for a [M, K/2] and b [K/2, N] of pairs."""
     for row in range(0, out.shape[0], TILE_ROWS):
+        _fetch(following, row, out.shape[0])  # type: ignore[call-arg]
         _weighted_tile_bfloat16(a, b, weights, out, row)  # type: ignore[call-arg]
 
 
+@njit(**INLINED)
+def read_e4m3_pairs(values, first, pairs):  # type: ignore[no-untyped-def]
+    """pairs [P] = bfloat16 pairs of the e4m3 bytes values[first:][:2 P], exactly."""
+    whole = len(pairs) // _LANES * _LANES
+    for start in range(0, whole, _LANES):
+        _read_e4m3_vector(values, first + 2 * start, pairs, start)  # type: ignore[call-arg]
+    for i in range(whole, len(pairs)):
+        pairs[i] = bfloat16_pair(load(values[first + 2 * i]), load(values[first + 2 * i + 1]))
+
+
 @intrinsic
-def prefetch(typing_context, array):  # type: ignore[no-untyped-def]  # numba's protocol
-    """Have the array's memory, without gaps, on its way into the second-level cache. Changes nothing."""
+def _read_e4m3_vector(typing_context, values, first, pairs, start):  # type: ignore[no-untyped-def]  # numba's protocol
+    """pairs[start:][:16] of values[first:][:32], in 16-bit integers, which a compiler would widen."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        found = make_array(signature.args[0])(context, builder, args[0])
+        values, pairs = (_array(context, builder, signature, args, i) for i in (0, 2))
+        source = builder.add(builder.ptrtoint(values.data, _ADDRESS), args[1])
+        target = builder.add(builder.ptrtoint(pairs.data, _ADDRESS), builder.mul(args[3], _ADDRESS(_FLOAT_BYTES)))
+        shorts = ir.VectorType(ir.IntType(16), 2 * _LANES)
+        bytes_ = ir.VectorType(ir.IntType(8), 2 * _LANES)
+        loaded = builder.load(builder.inttoptr(source, bytes_.as_pointer()), align=1)
+        _store(builder, _bfloat16_of_e4m3(builder, builder.zext(loaded, shorts), shorts), target)
+        return context.get_dummy_value()
+
+    return types.void(values, types.int64, pairs, types.int64), generate
+
+
+def _bfloat16_of_e4m3(builder: Any, numbers: Any, shorts: ir.VectorType) -> Any:
+    """Bits of e4m3 in 16-bit lanes as those of bfloat16: another exponent bias; subnormals are normal there."""
+
+    def all_of(number: int) -> Any:
+        return ir.Constant(shorts, [number] * (2 * _LANES))
+
+    def shifted(vector: Any, places: int, bias: int) -> Any:
+        return builder.add(builder.shl(vector, all_of(places)), all_of(bias))
+
+    def where_below(vector: Any, bound: int, below: Any, otherwise: Any) -> Any:
+        return builder.select(builder.icmp_unsigned("<", vector, all_of(bound)), below, otherwise)
+
+    magnitude = builder.and_(numbers, all_of(0x7F))
+    sign = builder.shl(builder.and_(numbers, all_of(0x80)), all_of(8))
+    # 2**-9 is 0x3B00; a subnormal's leading bit becomes the exponent, the bits behind it the fraction.
+    least = where_below(magnitude, 1, all_of(0), all_of(0x3B00))
+    subnormal = where_below(
+        magnitude, 4, where_below(magnitude, 2, least, shifted(magnitude, 6, 0x3B00)), shifted(magnitude, 5, 0x3B80)
+    )
+    finite = where_below(magnitude, 8, subnormal, shifted(magnitude, 4, (127 - 7) << 7))
+    return builder.or_(where_below(magnitude, 0x7F, finite, all_of(0x7FC0)), sign)
+
+
+@intrinsic
+def _fetch(typing_context, array, row, num_rows):  # type: ignore[no-untyped-def]  # numba's protocol
+    """Have 8 of num_rows equal parts of the array, from `row` on, on their way into the second-level cache."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        found = _array(context, builder, signature, args, 0)
         address = ir.IntType(8).as_pointer()
         fetch = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(ir.VoidType(), [address, _INT, _INT, _INT]), "llvm.prefetch.p0"
         )
-        start = builder.ptrtoint(found.data, _ADDRESS)
-        num_lines = builder.udiv(builder.mul(found.nitems, found.itemsize), _ADDRESS(_LINE_BYTES))
+        num_bytes = builder.udiv(builder.mul(found.nitems, found.itemsize), args[2])
+        start = builder.add(builder.ptrtoint(found.data, _ADDRESS), builder.mul(num_bytes, args[1]))
+        num_lines = builder.udiv(builder.mul(num_bytes, _ADDRESS(TILE_ROWS)), _ADDRESS(_LINE_BYTES))
         with cgutils.for_range(builder, num_lines, intp=_ADDRESS) as loop:
             line = builder.add(start, builder.mul(loop.index, _ADDRESS(_LINE_BYTES)))
             builder.call(fetch, [builder.inttoptr(line, address), _INT(0), _INT(2), _INT(1)])
         return context.get_dummy_value()
 
-    return types.void(array), generate
+    return types.void(array, types.int64, types.int64), generate
 
 
 @intrinsic

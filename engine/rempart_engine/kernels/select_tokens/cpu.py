@@ -14,8 +14,8 @@ import numpy as np
 from numba import njit, prange
 
 from rempart_engine.config import BLOCK_SIZE
-from rempart_engine.kernels.cpu_scalars import INLINED, OPTIONS, bfloat16_pair, load
-from rempart_engine.kernels.cpu_tiles import prefetch, weighted_scores_bfloat16, weighted_scores_float32
+from rempart_engine.kernels.cpu_scalars import INLINED, OPTIONS, load
+from rempart_engine.kernels.cpu_tiles import read_e4m3_pairs, weighted_scores_bfloat16, weighted_scores_float32
 
 SEGMENT_BLOCKS = 32
 """Blocks of one query's keys that are one piece of work."""
@@ -31,11 +31,8 @@ def _read_fp8_page(page, keys):  # type: ignore[no-untyped-def]
 
 @njit(**INLINED)
 def _read_fp8_page_in_pairs(page, keys):  # type: ignore[no-untyped-def]
-    num_pairs = keys.shape[1]
     for t in range(BLOCK_SIZE):
-        for d in range(num_pairs):
-            at = 2 * (t * num_pairs + d)
-            keys[t, d] = bfloat16_pair(load(page[at]), load(page[at + 1]))
+        read_e4m3_pairs(page, 2 * t * keys.shape[1], keys[t])
 
 
 @cache
@@ -68,18 +65,17 @@ def scores_kernel(dim: int, *, is_fp8: bool, in_bfloat16: bool) -> Callable[...,
                 num_blocks = -(-lengths[query] // BLOCK_SIZE)
                 for block in range(first_block, min(first_block + SEGMENT_BLOCKS, num_blocks)):
                     block_id = block_tables[rows[query], block]
-                    if block + 1 < num_blocks:
-                        prefetch(pages[block_tables[rows[query], block + 1]])  # type: ignore[call-arg]  # numba
+                    following = pages[block_tables[rows[query], min(block + 1, num_blocks - 1)]]
                     if is_fp8 and in_bfloat16:
                         _read_fp8_page_in_pairs(pages[block_id], keys)
-                        weighted_scores_bfloat16(keys, queries[query], weights[query], scores)
+                        weighted_scores_bfloat16(keys, queries[query], weights[query], following, scores)
                     elif is_fp8:
                         _read_fp8_page(pages[block_id], keys)
-                        weighted_scores_float32(keys, queries[query], weights[query], scores)
+                        weighted_scores_float32(keys, queries[query], weights[query], following, scores)
                     elif in_bfloat16:
-                        weighted_scores_bfloat16(pages[block_id], queries[query], weights[query], scores)
+                        weighted_scores_bfloat16(pages[block_id], queries[query], weights[query], following, scores)
                     else:
-                        weighted_scores_float32(pages[block_id], queries[query], weights[query], scores)
+                        weighted_scores_float32(pages[block_id], queries[query], weights[query], following, scores)
                     start = block * BLOCK_SIZE
                     for t in range(min(BLOCK_SIZE, lengths[query] - start)):
                         scale = scales[block_id, BLOCK_SIZE * dim // 4 + t] if is_fp8 else np.float32(1.0)
