@@ -37,7 +37,7 @@ def as_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 
 
 @intrinsic
-def _float_of_bits(typing_context, bits):  # type: ignore[no-untyped-def]  # numba's protocol
+def float_of_bits(typing_context, bits):  # type: ignore[no-untyped-def]  # numba's protocol
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return builder.bitcast(args[0], ir.FloatType())
 
@@ -45,7 +45,7 @@ def _float_of_bits(typing_context, bits):  # type: ignore[no-untyped-def]  # num
 
 
 @intrinsic
-def _bits_of_float(typing_context, number):  # type: ignore[no-untyped-def]
+def bits_of_float(typing_context, number):  # type: ignore[no-untyped-def]
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return builder.bitcast(args[0], ir.IntType(32))
 
@@ -60,7 +60,7 @@ def load(number: Any) -> Any:
 @overload(load)
 def _load(number):  # type: ignore[no-untyped-def]
     if number == types.uint16:
-        return lambda number: _float_of_bits(np.uint32(number) << np.uint32(16))  # type: ignore[call-arg]  # numba passes the context
+        return lambda number: float_of_bits(np.uint32(number) << np.uint32(16))  # type: ignore[call-arg]  # numba passes the context
     if number == types.uint8:
         return lambda number: _float_of_e4m3(number)  # noqa: PLW0108 -- the compiler wants this signature
     return lambda number: number
@@ -83,7 +83,7 @@ def _float_of_e4m3(byte):  # type: ignore[no-untyped-def]
     """Exponent and fraction put where float32 has them are the value times 2**-120, subnormals too."""
     bits = np.uint32(byte)
     magnitude = bits & np.uint32(0x7F)
-    small: Any = _float_of_bits((magnitude << np.uint32(20)) | ((bits & np.uint32(0x80)) << np.uint32(24)))  # type: ignore[call-arg]
+    small: Any = float_of_bits((magnitude << np.uint32(20)) | ((bits & np.uint32(0x80)) << np.uint32(24)))  # type: ignore[call-arg]
     return np.float32(np.nan) if magnitude == np.uint32(0x7F) else small * _TWO_TO_120
 
 
@@ -102,7 +102,7 @@ def pair_halves(first, second):  # type: ignore[no-untyped-def]
 
 @numba.njit(**INLINED)
 def _bfloat16_bits(number):  # type: ignore[no-untyped-def]
-    bits: Any = _bits_of_float(np.float32(number))  # type: ignore[call-arg]
+    bits: Any = bits_of_float(np.float32(number))  # type: ignore[call-arg]
     rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
     return np.uint16(np.uint32(0x7FC0) if number != number else rounded >> np.uint32(16))
 
@@ -120,4 +120,4 @@ def exp(number):  # type: ignore[no-untyped-def]
     poly = poly * rest + np.float32(1.6666665459e-1)
     poly = poly * rest + np.float32(5.0000001201e-1)
     value = poly * rest * rest + rest + np.float32(1.0)
-    return value * _float_of_bits(np.uint32(np.int32(whole) + np.int32(127)) << np.uint32(23))  # type: ignore[call-arg]
+    return value * float_of_bits(np.uint32(np.int32(whole) + np.int32(127)) << np.uint32(23))  # type: ignore[call-arg]

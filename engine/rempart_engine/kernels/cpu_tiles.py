@@ -81,7 +81,7 @@ def weighted_scores_float32(a, b, weights, following, out):  # type: ignore[no-u
     """
     for row in range(0, out.shape[0], TILE_ROWS):
         _fetch(following, row, out.shape[0])  # type: ignore[call-arg]
-        _weighted_tile_float32(a, b, weights, out, row)  # type: ignore[call-arg]
+        _weighted_tile_float32(a, b, weights, out, row)
 
 
 @njit(**INLINED)
@@ -89,7 +89,7 @@ def weighted_scores_bfloat16(a, b, weights, following, out):  # type: ignore[no-
     """The same for a [M, K/2] and b [K/2, N] of pairs."""
     for row in range(0, out.shape[0], TILE_ROWS):
         _fetch(following, row, out.shape[0])  # type: ignore[call-arg]
-        _weighted_tile_bfloat16(a, b, weights, out, row)  # type: ignore[call-arg]
+        _weighted_tile_bfloat16(a, b, weights, out, row)
 
 
 @njit(**INLINED)

@@ -10,6 +10,7 @@ import torch
 
 from rempart_engine.config import BLOCK_SIZE
 from rempart_engine.kernels.fp8 import LARGEST, e4m3_bytes, power_of_two_scales
+from rempart_engine.kernels.index_cache.cpu import store_fp8_keys
 
 _LEAST_AMAX = 1e-4
 
@@ -37,10 +38,8 @@ def store_index_keys(
             raise ValueError(f"keys {tuple(keys.shape)} do not fit pool {tuple(pool.shape)}")
         pool.view(-1, dim).index_copy_(0, slots, keys.to(pool.dtype))
         return
-    values, scales = quantize_heads(keys)
-    at = (slots // BLOCK_SIZE, slots % BLOCK_SIZE)
-    value_pages, scale_pages = fp8_pages(pool, dim)
-    value_pages[at], scale_pages[at] = values, scales
+    fp8_pages(pool, dim)
+    store_fp8_keys(keys.float().contiguous().numpy(), slots.numpy(), pool.numpy(), pool.view(torch.float32).numpy())
 
 
 def read_index_keys(pool: torch.Tensor, slots: torch.Tensor, dim: int) -> torch.Tensor:  # [n, D]
