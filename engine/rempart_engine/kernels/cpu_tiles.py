@@ -80,7 +80,7 @@ def weighted_scores_float32(a, b, weights, following, out):  # type: ignore[no-u
     Products never leave the registers. Meanwhile the memory of `following`, without gaps, comes closer.
     """
     for row in range(0, out.shape[0], TILE_ROWS):
-        _fetch(following, row, out.shape[0])  # type: ignore[call-arg]
+        fetch_rows(following, row, out.shape[0])  # type: ignore[call-arg]
         _weighted_tile_float32(a, b, weights, out, row)
 
 
@@ -88,7 +88,7 @@ def weighted_scores_float32(a, b, weights, following, out):  # type: ignore[no-u
 def weighted_scores_bfloat16(a, b, weights, following, out):  # type: ignore[no-untyped-def]
     """The same for a [M, K/2] and b [K/2, N] of pairs."""
     for row in range(0, out.shape[0], TILE_ROWS):
-        _fetch(following, row, out.shape[0])  # type: ignore[call-arg]
+        fetch_rows(following, row, out.shape[0])  # type: ignore[call-arg]
         _weighted_tile_bfloat16(a, b, weights, out, row)
 
 
@@ -143,7 +143,7 @@ def _bfloat16_of_e4m3(builder: Any, numbers: Any, shorts: ir.VectorType) -> Any:
 
 
 @intrinsic
-def _fetch(typing_context, array, row, num_rows):  # type: ignore[no-untyped-def]  # numba's protocol
+def fetch_rows(typing_context, array, row, num_rows):  # type: ignore[no-untyped-def]  # numba's protocol
     """Have 8 of num_rows equal parts of the array, from `row` on, on their way into the second-level cache."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]

@@ -16,7 +16,13 @@ from numba import njit, prange
 
 from rempart_engine.config import BLOCK_SIZE
 from rempart_engine.kernels.cpu_scalars import INLINED, OPTIONS, bfloat16_pair, exp, load, pair_halves, round_to
-from rempart_engine.kernels.cpu_tiles import TILE_COLUMNS, add_product_bfloat16, add_product_float32
+from rempart_engine.kernels.cpu_tiles import (
+    TILE_COLUMNS,
+    TILE_ROWS,
+    add_product_bfloat16,
+    add_product_float32,
+    fetch_rows,
+)
 from rempart_engine.kernels.latent_cache import GROUP
 
 _TILE = 64
@@ -111,6 +117,13 @@ def _write(gathered, sums, is_paired, out):  # type: ignore[no-untyped-def]
             out[h, d] = round_to(gathered[h, at] / sums[h], out[h, d])
 
 
+@njit(**INLINED)
+def _place(number, sees_all, chosen, block_table):  # type: ignore[no-untyped-def]
+    """Block and offset of the number-th token that is seen."""
+    position = number if sees_all else chosen[number]
+    return block_table[position // BLOCK_SIZE], position % BLOCK_SIZE
+
+
 @cache
 def kernel_for(latent_dim: int, rope_dim: int, *, is_fp8: bool, in_bfloat16: bool) -> Callable[..., None]:  # noqa: C901 -- which format is decided when it is compiled
     """The kernel for one shape and format of records; `in_bfloat16` says how products are computed.
@@ -157,9 +170,12 @@ def kernel_for(latent_dim: int, rope_dim: int, *, is_fp8: bool, in_bfloat16: boo
                 for first in range(0, counts[token], _TILE):
                     num_keys = min(_TILE, counts[token] - first)
                     for t in range(num_keys):
-                        position = first + t if sees_all else chosen[token, first + t]
-                        block = block_tables[token_rows[token], position // BLOCK_SIZE]
-                        offset = position % BLOCK_SIZE
+                        block, offset = _place(first + t, sees_all, chosen[token], block_tables[token_rows[token]])
+                        ahead = min(first + _TILE + t, counts[token] - 1)
+                        next_block, next_offset = _place(
+                            ahead, sees_all, chosen[token], block_tables[token_rows[token]]
+                        )
+                        fetch_rows(records[next_block, next_offset], 0, TILE_ROWS)  # type: ignore[call-arg]  # numba
                         record = records[block, offset]
                         if is_fp8 and in_bfloat16:
                             _read_fp8_in_pairs(
