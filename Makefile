@@ -5,8 +5,6 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PROTOS := $(wildcard protos/rempart_protos/v1/*.proto)
 ARGS ?=
-# Threads that spin while they wait take the cores from the other processes that tests start.
-TEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
 .PHONY: help up test test-slow check format protos bench bench-dsa clean
@@ -18,10 +16,10 @@ up: $(INSTALLED) ## set everything up, then serve SmolLM2-135M-Instruct on this 
 	@$(BIN)/rempart up $(ARGS)
 
 test: $(INSTALLED) ## all tests that need no GPU and no long time
-	@$(TEST) -m "not slow and not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
 
 test-slow: $(INSTALLED) ## the tests that take minutes
-	@$(TEST) -m slow $(ARGS)
+	@$(BIN)/python -m pytest -q -m slow $(ARGS)
 
 check: $(INSTALLED) ## format, lint, types, laws of the house, generated code
 	$(BIN)/ruff format --check .
