@@ -74,8 +74,8 @@ class EngineConfig:
     expand_prefill_from: int | None = field(
         default=None,
         metadata=_help(
-            "new tokens of a prompt from which attention that sees all tokens expands the latents: less arithmetic, "
-            "but the last bits then depend on how prompts are cut (default: never)"
+            "new tokens of a prompt from which attention that sees all tokens expands the latents; slower on the CPUs "
+            "measured so far, and the last bits then depend on how prompts are cut (default: never)"
         ),
     )
     watermark: float = field(default=0.01, metadata=_help("fraction of KV blocks kept free when sequences are let in"))

@@ -3,6 +3,7 @@
 For a piece of a prompt that sees all its tokens this takes less than a third of the absorbed form's arithmetic per
 query and key (2 * (192 + 128) against 2 * (576 + 512) per head in DeepSeek-V3.2), but every latent must be expanded
 first, once per piece. A sum's order depends on how a prompt is cut into pieces, so results differ in the last bits.
+On a CPU it is the slower one (docs/adr/0007).
 """
 
 from collections.abc import Iterator
