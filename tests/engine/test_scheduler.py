@@ -13,6 +13,7 @@ from rempart_engine.core.testing import (
     SimulatedRunner,
     make_config,
     make_request,
+    run_a_step_ahead,
     run_step,
     run_until_idle,
 )
@@ -576,17 +577,7 @@ def test_two_plans_in_flight_bring_the_same_tokens() -> None:
     config = make_config(num_blocks=8, max_step_tokens=6)
     requests = [make_request(f"r{n}", 4 + n, sampling=sampling(9, ignore_eos=False, n=1 + n % 2)) for n in range(5)]
     scheduler, runner = start(config, *requests)
-    events: list[TokenEvent] = []
-    results: list[StepResult] = []
-    while scheduler.has_work:
-        runner.release_rows(scheduler.take_released_rows())
-        plan = scheduler.schedule()
-        runner.release_rows(scheduler.take_released_rows())
-        if plan is not None:
-            results.append(runner.execute(plan))
-        if len(results) == 2 or plan is None:
-            events += scheduler.commit(results.pop(0))
-        scheduler.check_integrity()
+    events = run_a_step_ahead(scheduler, runner)
     assert scheduler.load().counters.num_preemptions > 0
     expect_streams(events, config, *requests)
 

@@ -12,6 +12,7 @@ from rempart_engine.core.testing import (
     SimulatedRunner,
     make_config,
     make_request,
+    run_a_step_ahead,
     run_step,
     run_until_idle,
     with_drafts,
@@ -355,17 +356,7 @@ def test_two_plans_in_flight_bring_the_same_tokens() -> None:
     config = with_drafts(make_config(num_blocks=10, max_step_tokens=8), 2)
     requests = [make_request(f"r{n}", 4 + n, sampling=sampling(9, ignore_eos=False, n=1 + n % 2)) for n in range(5)]
     scheduler, runner = start(config, *requests)
-    events: list[TokenEvent] = []
-    results: list[StepResult] = []
-    while scheduler.has_work:
-        runner.release_rows(scheduler.take_released_rows())
-        plan = scheduler.schedule()
-        runner.release_rows(scheduler.take_released_rows())
-        if plan is not None:
-            results.append(runner.execute(plan))
-        if len(results) == 2 or plan is None:
-            events += scheduler.commit(results.pop(0))
-        scheduler.check_integrity()
+    events = run_a_step_ahead(scheduler, runner)
     assert scheduler.load().counters.num_accepted_draft_tokens > 0
     expect_streams(events, config, *requests)
 

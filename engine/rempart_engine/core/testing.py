@@ -245,6 +245,22 @@ def run_until_idle(scheduler: Scheduler, runner: SimulatedRunner, max_steps: int
     raise AssertionError(f"still at work after {max_steps} steps: {scheduler.load()}")
 
 
+def run_a_step_ahead(scheduler: Scheduler, runner: SimulatedRunner) -> list[TokenEvent]:
+    """All events until nothing is left to do, where each step is planned before the one before it is committed."""
+    events: list[TokenEvent] = []
+    results: list[StepResult] = []
+    while scheduler.has_work:
+        runner.release_rows(scheduler.take_released_rows())
+        plan = scheduler.schedule()
+        runner.release_rows(scheduler.take_released_rows())
+        if plan is not None:
+            results.append(runner.execute(plan))
+        if len(results) == 2 or plan is None:
+            events += scheduler.commit(results.pop(0))
+        scheduler.check_integrity()
+    return events
+
+
 def _hash(*numbers: int) -> int:
     data = b"".join(number.to_bytes(8, "little", signed=False) for number in numbers)
     return int.from_bytes(blake2b(data, digest_size=7).digest(), "little")

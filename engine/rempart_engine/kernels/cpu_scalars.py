@@ -23,6 +23,8 @@ OPTIONS: dict[str, Any] = {**_ARITHMETIC, "cache": True, "parallel": True}
 # torch and numba then share one OpenMP pool; two pools would fight for the same cores.
 numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]  # set at run time by numba
 
+ROUNDER = np.float32(12582912.0)
+"""1.5 * 2**23: adding and subtracting it rounds a small float32 to the nearest whole number, halves to even."""
 _LOG2_E = np.float32(1.0 / math.log(2.0))
 _LN_2_HIGH = np.float32(0.693359375)
 _TWO_TO_120 = np.float32(2.0**120)

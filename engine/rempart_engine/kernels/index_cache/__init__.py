@@ -10,15 +10,13 @@ import torch
 
 from rempart_engine.config import BLOCK_SIZE
 from rempart_engine.kernels.fp8 import LARGEST, e4m3_bytes, power_of_two_scales
-from rempart_engine.kernels.index_cache.cpu import store_fp8_keys
-
-_LEAST_AMAX = 1e-4
+from rempart_engine.kernels.index_cache.cpu import LEAST_AMAX, store_fp8_keys
 
 
 def quantize_heads(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x [..., D] as e4m3 bytes [..., D] and scales float32 [...]: the rule for index keys and index queries alike."""
     x = x.float()
-    scales = power_of_two_scales(x.abs().amax(-1).clamp(min=_LEAST_AMAX) / LARGEST)
+    scales = power_of_two_scales(x.abs().amax(-1).clamp(min=float(LEAST_AMAX)) / LARGEST)
     return e4m3_bytes(x / scales[..., None]), scales
 
 

@@ -6,15 +6,15 @@ import numpy as np
 from numba import njit, prange
 
 from rempart_engine.config import BLOCK_SIZE
-from rempart_engine.kernels.cpu_scalars import INLINED, OPTIONS, bits_of_float, float_of_bits
+from rempart_engine.kernels.cpu_scalars import INLINED, OPTIONS, ROUNDER, bits_of_float, float_of_bits
+from rempart_engine.kernels.fp8 import LARGEST
 
-_LEAST_AMAX = np.float32(1e-4)
-_LARGEST = np.float32(448.0)
+LEAST_AMAX = np.float32(1e-4)
+"""No scale is smaller than a key of this size needs."""
+_LARGEST = np.float32(LARGEST)
 _LEAST_NORMAL = np.float32(2.0**-6)
 _SUBNORMALS = np.float32(2.0**9)
 """A subnormal is a whole number of these parts."""
-_ROUNDER = np.float32(12582912.0)
-"""1.5 * 2**23: adding and subtracting it rounds a small float32 to the nearest whole number, halves to even."""
 
 
 @njit(**INLINED)
@@ -32,7 +32,7 @@ def _e4m3(number):  # type: ignore[no-untyped-def]
     magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
     rounded = (magnitude + np.uint32(0x7FFFF) + ((magnitude >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)
     normal = rounded - np.uint32(120 << 3)
-    subnormal = np.uint32((abs(number) * _SUBNORMALS + _ROUNDER) - _ROUNDER)
+    subnormal = np.uint32((abs(number) * _SUBNORMALS + ROUNDER) - ROUNDER)
     finite = subnormal if abs(number) < _LEAST_NORMAL else normal
     return np.uint8((np.uint32(0x7F) if number != number else finite) | sign)
 
@@ -43,7 +43,7 @@ def store_fp8_keys(keys, slots, pages, scales):  # type: ignore[no-untyped-def]
     num_tokens, dim = keys.shape
     for token in prange(num_tokens):
         block, offset = slots[token] // BLOCK_SIZE, slots[token] % BLOCK_SIZE
-        largest = _LEAST_AMAX
+        largest = LEAST_AMAX
         for d in range(dim):
             largest = max(largest, abs(keys[token, d]))
         scale = _power_of_two(largest / _LARGEST)

@@ -3,12 +3,10 @@
 import numpy as np
 from numba import njit, prange
 
-from rempart_engine.kernels.cpu_scalars import OPTIONS, load
+from rempart_engine.kernels.cpu_scalars import OPTIONS, ROUNDER, load
 from rempart_engine.kernels.quantize_rows.reference import ZERO_POINT
 
 _LANES = 16
-_ROUNDER = np.float32(12582912.0)
-"""1.5 * 2**23: adding and subtracting it rounds a small float32 to the nearest whole number, halves to even."""
 
 
 @njit(**OPTIONS)
@@ -29,6 +27,6 @@ def quantize_rows(x, q, scales):  # type: ignore[no-untyped-def]
         scale = lanes.max() / np.float32(127.0)
         factor = np.float32(1.0) / scale if scale > 0 else np.float32(0.0)
         for i in range(width):
-            rounded = (load(x[token, i]) * factor + _ROUNDER) - _ROUNDER
+            rounded = (load(x[token, i]) * factor + ROUNDER) - ROUNDER
             q[token, i] = np.uint8(np.int32(rounded) + ZERO_POINT)
         scales[token] = scale + poison.sum()
