@@ -62,7 +62,8 @@ def test_projections_are_held_as_asked_for(
 ) -> None:
     write_checkpoint(tmp_path, TINY)
     source = DeepseekFolder(tmp_path)
-    model = load_deepseek(source, precision_named(precision), 64, lambda fraction: None, keep_fp8=keep_fp8)
+    numbers = replace(precision_named(precision), keeps_fp8=keep_fp8)
+    model = load_deepseek(source, numbers, 64, lambda fraction: None)
     kinds = {name: module for name, module in model.named_modules() if not list(module.children())}
     for name in (
         "layers.0.attention.q_a",
@@ -80,8 +81,8 @@ def test_what_is_loaded_computes_the_numbers_of_the_checkpoint(
     tmp_path: Path, config: DeepseekConfig, keep_fp8: bool
 ) -> None:
     write_checkpoint(tmp_path, config, num_shards=3)
-    source, precision = DeepseekFolder(tmp_path), precision_named("float32")
-    model = load_deepseek(source, precision, 64, lambda fraction: None, keep_fp8=keep_fp8)
+    source, precision = DeepseekFolder(tmp_path), replace(precision_named("float32"), keeps_fp8=keep_fp8)
+    model = load_deepseek(source, precision, 64, lambda fraction: None)
     token_ids = [(7 * position + 3) % config.vocab_size for position in range(50)]
     rows = RowTable(1, 64)
     rows.start(NewRow(0, tuple(token_ids), len(token_ids), SamplingParams(), 0, (0,)))
@@ -125,6 +126,7 @@ BIG = replace(
 
 LOAD = """
 import json, sys
+from dataclasses import replace
 from pathlib import Path
 import psutil, torch
 from rempart_engine.model.deepseek.loading import load_deepseek
@@ -133,7 +135,7 @@ from rempart_engine.model.weights.deepseek_folder import DeepseekFolder
 
 def load(folder):
     source, precision = DeepseekFolder(Path(folder)), precision_named(sys.argv[3])
-    return load_deepseek(source, precision, 64, lambda fraction: None, keep_fp8=sys.argv[4] == "fp8")
+    return load_deepseek(source, replace(precision, keeps_fp8=sys.argv[4] == "fp8"), 64, lambda fraction: None)
 
 def peak():
     # Not ru_maxrss, which begins with what the parent held.

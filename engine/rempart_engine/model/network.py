@@ -93,7 +93,6 @@ def _deepseek(
         precision,
         max_model_len,
         on_progress,
-        keep_fp8=precision.keeps_fp8,
         load_mtp=config.num_speculative_tokens != 0,
         options=AttentionOptions(config.index_score_bytes, config.expand_prefill_from),
     )

@@ -24,7 +24,6 @@ def load_deepseek(
     max_model_len: int,
     on_progress: Callable[[float], None],
     *,
-    keep_fp8: bool = False,
     load_mtp: bool = True,
     options: AttentionOptions = AttentionOptions(),  # noqa: B008 -- frozen
 ) -> Deepseek:
@@ -35,7 +34,6 @@ def load_deepseek(
 
     Args:
         on_progress: told the fraction that is loaded, up to 1.
-        keep_fp8: hold fp8 weights as they are stored, and not as the precision does.
         load_mtp: read the MTP layer, if there is one.
         options: how attention computes.
 
@@ -45,7 +43,7 @@ def load_deepseek(
     config = source.config
     has_mtp = load_mtp and config.num_mtp_layers > 0
     weights = source.weights(_counted(config, has_mtp, on_progress))
-    make_linear = keeping_fp8(precision) if keep_fp8 else converting(precision)
+    make_linear = keeping_fp8(precision) if precision.keeps_fp8 else converting(precision)
 
     def layer(index: int) -> DeepseekLayer:
         return _layer(config, index, weights, make_linear, precision, options)

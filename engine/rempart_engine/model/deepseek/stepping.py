@@ -41,9 +41,7 @@ class Stepper:
             max_model_len: of each row; the pools have room for so many tokens in all rows.
         """
         source, numbers = DeepseekFolder(folder), precision_named(precision)
-        self.model: Deepseek = load_deepseek(
-            source, numbers, max_model_len, lambda fraction: None, keep_fp8=numbers.keeps_fp8
-        )
+        self.model: Deepseek = load_deepseek(source, numbers, max_model_len, lambda fraction: None)
         self._blocks_per_row = -(-max_model_len // BLOCK_SIZE)
         pools = kv_pools(source.config, int(self.model.mtp is not None), cache_dtype or numbers.dtype)
         self.storage = KVStorage(pools, num_rows * self._blocks_per_row)
