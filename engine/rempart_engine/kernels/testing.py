@@ -31,4 +31,5 @@ def make_step(lengths: list[tuple[int, int]], num_blocks: int) -> StepInputs:
         tile_tokens=torch.from_numpy(tile_tokens.astype(np.int32)),
         tile_sizes=torch.from_numpy(tile_sizes.astype(np.int32)),
         output_tokens=torch.zeros(0, dtype=torch.int64),
+        max_context=int(positions.max()) + 1,
     )

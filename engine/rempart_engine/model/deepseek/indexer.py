@@ -56,7 +56,7 @@ class Indexer(nn.Module):
         layout, num_heads, dim = self._shape.rope, self._shape.num_heads, self._shape.head_dim
         keys = nn.functional.layer_norm(self.k(x).float(), (dim,), self.norm_weight, self.norm_bias, _LAYER_NORM_EPS)
         store_index_keys(rotate(keys[:, None], angles, layout)[:, 0], step.slots, pool)
-        if int(step.positions.max()) < self._shape.top_k:
+        if step.max_context <= self._shape.top_k:
             return Selection.of_everything(step)
         queries = rotate(self.q(query_latents).view(-1, num_heads, dim), angles, layout)
         weights = self.head_weights(x.float()) * self._weight_scale
@@ -66,6 +66,8 @@ class Indexer(nn.Module):
         """Compile what only contexts beyond top_k need, so that no request waits for it. Reads block 0 of the pool."""
         positions, rows = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
         nothing = torch.zeros(0, dtype=torch.int32)
-        step = StepInputs(rows.long(), positions, rows, rows.long(), rows[None], nothing, nothing, nothing, rows.long())
+        step = StepInputs(
+            rows.long(), positions, rows, rows.long(), rows[None], nothing, nothing, nothing, rows.long(), 2
+        )
         queries = torch.zeros(1, self._shape.num_heads, self._shape.head_dim, dtype=self._dtype)
         select_tokens(queries, torch.zeros(1, self._shape.num_heads), pool, step, 1, self._score_bytes)

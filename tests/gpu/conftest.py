@@ -1,0 +1,29 @@
+"""The GPU path: on a GPU where there is one, else in Triton's interpreter on CPU tensors."""
+
+import os
+
+import pytest
+import torch
+
+# Triton's default is about to change; products and sums are fused here, as on the GPU.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+from rempart_engine.kernels.target import INTERPRETED
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not INTERPRETED and not torch.cuda.is_available():
+        raise pytest.UsageError("tests/gpu needs a GPU (make test-gpu) or Triton's interpreter (make test-triton)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What only a real GPU can show does not run in the interpreter."""
+    for item in items:
+        if INTERPRETED and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: streams, graphs and memory are not interpreted"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where tensors of these tests lie."""
+    return torch.device("cpu" if INTERPRETED else "cuda")
