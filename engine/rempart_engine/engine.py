@@ -1,6 +1,6 @@
 """The engine core's loop, one pass after another:
 
-    inbox -> add / abort -> expire -> schedule -> execute -> commit -> one update to the front
+    inbox -> add / abort -> expire -> schedule -> launch -> commit -> one update to the front
 
 The inbox is emptied without waiting while there is work, and waited on when there is none. An error of one row ends
 that row (the scheduler sees to it); an exception out of a step ends the process, for what the runner holds after it
@@ -10,10 +10,11 @@ cannot be trusted.
 import time
 from collections.abc import Callable
 
+from rempart_engine.core.pipeline import Pipeline
 from rempart_engine.core.request import RequestId
 from rempart_engine.core.runner import Runner
 from rempart_engine.core.scheduler import Scheduler
-from rempart_engine.core.step import StepPlan, TokenEvent
+from rempart_engine.core.step import TokenEvent
 from rempart_engine.ipc import Abort, Configure, CoreChannel, FrontMessage, Start, StepUpdate, Stop
 
 _BLOCKED_WAIT_S = 0.01
@@ -32,7 +33,7 @@ class EngineLoop:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scheduler = scheduler
-        self._runner = runner
+        self._pipeline = Pipeline(scheduler, runner)
         self._channel = channel
         self._heartbeat_s = heartbeat_s
         self._clock = clock
@@ -61,9 +62,10 @@ class EngineLoop:
             events += self._apply(message)
         events += self._scheduler.expire(self._clock())
         started_at = self._clock()
-        plan, brought = step(self._scheduler, self._runner)
+        had_nothing_to_commit = self._pipeline.is_empty
+        plan, brought = self._pipeline.advance()
         events += brought
-        self._is_blocked = plan is None
+        self._is_blocked = plan is None and had_nothing_to_commit
         return StepUpdate(
             events=tuple(events),
             load=self._scheduler.load(),
@@ -79,16 +81,3 @@ class EngineLoop:
                 return self._scheduler.abort(RequestId(request_id))
             case Configure() | Stop():
                 raise AssertionError(f"{type(message).__name__} does not belong into the loop")
-
-
-def step(scheduler: Scheduler, runner: Runner) -> tuple[StepPlan | None, list[TokenEvent]]:
-    """One pass: schedule, execute, commit. The plan is None, and nothing was computed, when nothing could be."""
-    _release_rows(scheduler, runner)  # of ended sequences, for the plan to use
-    plan = scheduler.schedule()
-    _release_rows(scheduler, runner)  # of preempted sequences
-    return plan, [] if plan is None else scheduler.commit(runner.execute(plan))
-
-
-def _release_rows(scheduler: Scheduler, runner: Runner) -> None:
-    if released := scheduler.take_released_rows():
-        runner.release_rows(released)

@@ -11,11 +11,11 @@ from typing import Any
 
 from rempart_engine.config import EngineConfig
 from rempart_engine.core.load import Load
+from rempart_engine.core.pipeline import Pipeline
 from rempart_engine.core.request import FinishReason, InvalidRequestError, Request, RequestId, SamplingParams
 from rempart_engine.core.scheduler import Scheduler
 from rempart_engine.core.step import TokenEvent, TokenLogprob
 from rempart_engine.core_process import scheduler_config
-from rempart_engine.engine import step
 from rempart_engine.runner import load_runner
 
 __all__ = ["LLM", "Completion", "Generation", "SamplingParams"]
@@ -71,6 +71,7 @@ class LLM:
         config = EngineConfig(model=Path(model), **{"max_num_waiting": 1 << 30, **options})
         self.model = load_runner(config, lambda _: None)
         self._scheduler = Scheduler(scheduler_config(config, self.model))
+        self._pipeline = Pipeline(self._scheduler, self.model.runner)
         self._num_requests = 0
 
     def load(self) -> Load:
@@ -106,7 +107,7 @@ class LLM:
                 raise InvalidRequestError(f"prompt {len(results)}: {refusals[0].error.message}")
             results[request_id] = Generation(tuple(prompt), [Completion() for _ in range(params.n)])
         while self._scheduler.has_work:
-            _, events = step(self._scheduler, self.model.runner)
+            _, events = self._pipeline.advance()
             for event in events:
                 _add(results[event.request_id], event)
         return list(results.values())

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from rempart_engine.config import EngineConfig
 from rempart_engine.core.request import SamplingParams
-from rempart_engine.core.runner import LoadedModel
+from rempart_engine.core.runner import DoneStep, LoadedModel
 from rempart_engine.core.step import NewRow, RowResult, ScheduledRow, StepPlan, StepResult, TokenLogprob
 from rempart_engine.drafter import Drafter
 from rempart_engine.inputs import RowTable, num_outputs
@@ -45,6 +45,10 @@ class ModelRunner:
         self._sampling = sampling
         self._eos_token_ids = eos_token_ids
         self._num_prompt_logprobs: dict[int, int] = {}
+
+    def launch(self, plan: StepPlan) -> DoneStep:
+        """Compute the plan now."""
+        return DoneStep(self.execute(plan))
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:

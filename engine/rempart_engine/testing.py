@@ -19,7 +19,7 @@ import msgspec
 
 from rempart_engine.config import BLOCK_SIZE, EngineConfig
 from rempart_engine.core.request import SamplingParams
-from rempart_engine.core.runner import LoadedModel
+from rempart_engine.core.runner import DoneStep, LoadedModel
 from rempart_engine.core.step import NewRow, RowResult, ScheduledRow, StepPlan, StepResult, TokenLogprob
 
 FAKE_RUNNER = "rempart_engine.testing:load_fake_runner"
@@ -131,6 +131,9 @@ class FakeRunner:
         for new_row in plan.new_rows:
             self._enter(new_row)
         return StepResult(plan.step, tuple(self._compute(scheduled) for scheduled in plan.rows))
+
+    def launch(self, plan: StepPlan) -> DoneStep:
+        return DoneStep(self.execute(plan))
 
     def release_rows(self, rows: Sequence[int]) -> None:
         for row in rows:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from rempart_engine.config import EngineConfig
+from rempart_engine.core.pipeline import Pipeline
 from rempart_engine.core.request import Request, RequestId
 from rempart_engine.core.scheduler import Scheduler
 from rempart_engine.core.step import TokenLogprob
 from rempart_engine.core_process import scheduler_config
-from rempart_engine.engine import step as run_step
 from rempart_engine.kernels.index_cache import store_index_keys
 from rempart_engine.kernels.latent_attention import latent_attention
 from rempart_engine.kernels.latent_cache import store_latents
@@ -218,6 +218,7 @@ def test_a_walk_in_a_small_pool_says_what_a_large_one_says(
     crowded = LLM(tmp_path, num_speculative_tokens=num_speculative_tokens, **options, **common)
     config = EngineConfig(model=tmp_path, num_speculative_tokens=num_speculative_tokens, **options, **common)
     scheduler, draw = Scheduler(scheduler_config(config, crowded.model)), random.Random(4)
+    pipeline = Pipeline(scheduler, crowded.model.runner)
     waiting, aborted = requests(24), set[RequestId]()
     said: dict[RequestId, list[tuple[int, TokenLogprob]]] = {name: [] for name in expected}
     while waiting or scheduler.has_work:
@@ -226,7 +227,7 @@ def test_a_walk_in_a_small_pool_says_what_a_large_one_says(
         if draw.random() < 0.02 and (running := [name for name in expected if name not in aborted and said[name]]):
             aborted.add(name := draw.choice(running))
             scheduler.abort(name)
-        for event in run_step(scheduler, crowded.model.runner)[1] if scheduler.has_work else ():
+        for event in pipeline.advance()[1] if scheduler.has_work else ():
             said[event.request_id] += zip(event.token_ids, event.logprobs, strict=True)
         scheduler.check_integrity()
     counters = scheduler.load().counters

@@ -178,7 +178,9 @@ class SchedulerWalk(RuleBasedStateMachine):
         plan = self.scheduler.schedule()
         self.runner.release_rows(self.scheduler.take_released_rows())
         if plan is not None:
-            self.results.append(self.runner.execute(plan))
+            self.results.append(self.runner.launch(plan).result())
+            while len(self.results) > 0 and self.results[-1].is_lost:  # nothing may build upon it
+                self.commit()
         elif not self.results:
             assert not self.scheduler.has_work, "work, but no plan"
 
@@ -191,6 +193,10 @@ class SchedulerWalk(RuleBasedStateMachine):
     @rule(row=st.integers(0, 4))
     def fail_a_row(self, row: int) -> None:
         self.runner.failing_rows = {row}
+
+    @rule()
+    def lose_the_next_step(self) -> None:
+        self.runner.num_steps_to_lose = 1
 
     @rule(num_steps=st.integers(1, 8))
     def run(self, num_steps: int) -> None:

@@ -7,13 +7,38 @@ from typing import Protocol
 from rempart_engine.core.step import StepPlan, StepResult
 
 
+class PendingStep(Protocol):
+    """A plan that was launched."""
+
+    @property
+    def is_done(self) -> bool:
+        """`result` does not wait."""
+        ...
+
+    def result(self) -> StepResult:
+        """Wait until the plan is computed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DoneStep:
+    """Of a runner that computes while it launches; or a step that was lost."""
+
+    outcome: StepResult
+    is_done: bool = True
+
+    def result(self) -> StepResult:
+        return self.outcome
+
+
 class Runner(Protocol):
     """Computes plans, in order, and keeps the rows that they build on."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Compute the plan; the result holds one entry per row of the plan, in its order.
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Have the plan computed; the result holds one entry per row of the plan, in its order.
 
-        A row that fails alone is reported in its `RowResult.error`; an exception means that the whole step failed.
+        A row that fails alone is reported in its `RowResult.error`; a step for which memory does not suffice is lost
+        and done at once, and its new rows are to be released all the same; an exception, here or from the result, means that the runner can no longer be trusted.
         Plans that were made before the scheduler heard of a failure, an end or an abort still name the row: whatever is
         computed for it then is dropped. Drafts never leave the runner: plans and results only count them.
         """

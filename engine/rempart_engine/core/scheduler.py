@@ -36,6 +36,7 @@ from rempart_engine.core.step import (
     StepResult,
     TokenEvent,
 )
+from rempart_engine.core.step_budget import StepBudget
 from rempart_engine.core.validation import check_request
 from rempart_engine.core.waiting_queue import WaitingQueue
 
@@ -58,6 +59,7 @@ class Scheduler:
         self._requests = OpenRequests()
         self._waiting = WaitingQueue()
         self._running = RunningSet(config, self._waiting)
+        self._budget = StepBudget(config.max_step_tokens)
         self._in_flight: deque[_InFlightStep] = deque()
         self._num_arrivals = 0
         self._num_plans = 0
@@ -125,7 +127,7 @@ class Scheduler:
         admission = self._running.next_admission()
         next_waiting = None if admission is None else admission[0]
         max_drafts = drafts_per_row(self._config, len(self._running.sequences))
-        allotted, left = allot_tokens(self._running.sequences, self._config.max_step_tokens, next_waiting, max_drafts)
+        allotted, left = allot_tokens(self._running.sequences, self._budget.num_tokens, next_waiting, max_drafts)
         for sequence, num_new_tokens, num_drafts in allotted:
             if sequence.state is not SequenceState.RUNNING or sequence.is_preempting:
                 continue  # it gives way to one before it, in this plan or since an earlier one
@@ -141,6 +143,8 @@ class Scheduler:
     def commit(self, result: StepResult) -> list[TokenEvent]:
         """Apply the result of the oldest plan in flight.
 
+        The sequences of a lost step are preempted, and steps are smaller after it; when they cannot be, they fail.
+
         Raises:
             ValueError: the result is not one of that plan; nothing was changed.
         """
@@ -153,10 +157,15 @@ class Scheduler:
         self._in_flight.popleft()
         self._num_steps += 1
         events: list[TokenEvent] = []
+        if result.is_lost:
+            events += self._lose(in_flight)
+        else:
+            self._budget.note_good_step()
         for sequence, scheduled, outcome in zip(in_flight.sequences, plan.rows, result.rows, strict=True):
-            sequence.land(scheduled.num_new_tokens - scheduled.num_draft_tokens, samples=scheduled.samples)
-            if sequence.state is not SequenceState.ENDED:
-                events += self._commit_row(sequence, scheduled, outcome)
+            if not result.is_lost:
+                sequence.land(scheduled.num_new_tokens - scheduled.num_draft_tokens, samples=scheduled.samples)
+                if sequence.state is not SequenceState.ENDED and not sequence.is_lost:
+                    events += self._commit_row(sequence, scheduled, outcome)
             self._running.land(sequence)
         return events
 
@@ -223,6 +232,18 @@ class Scheduler:
         self._num_plans = plan.step
         self._tally.num_scheduled_tokens += plan.num_tokens
         return plan
+
+    def _lose(self, in_flight: _InFlightStep) -> list[TokenEvent]:
+        """Take back a step that was not computed; the events of sequences that end with it."""
+        for sequence, scheduled in zip(in_flight.sequences, in_flight.plan.rows, strict=True):
+            sequence.lose(scheduled.num_new_tokens - scheduled.num_draft_tokens, samples=scheduled.samples)
+        if not self._budget.is_least:
+            self._budget.shrink()
+            return []
+        message = f"memory does not suffice for a step of {in_flight.plan.num_tokens} tokens (max_step_tokens)"
+        error = EventError(ErrorCode.RESOURCE_EXHAUSTED, message)
+        live = [sequence for sequence in in_flight.sequences if sequence.state is SequenceState.RUNNING]
+        return [self._end(sequence, FinishReason.ERROR, error) for sequence in live]
 
     def _commit_row(self, sequence: Sequence, scheduled: ScheduledRow, outcome: RowResult) -> list[TokenEvent]:
         failure = _failure(scheduled, outcome)

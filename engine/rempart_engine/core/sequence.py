@@ -86,6 +86,8 @@ class Sequence:
         self.has_emitted = False
         self.is_preempting = False
         """To be preempted as soon as nothing of it is in flight."""
+        self.is_lost = False
+        """A step of it was lost: it must be preempted, and what later steps in flight bring is void."""
         self.is_distrusted = False
         """A step failed on it: what its KV blocks hold must not be found by others."""
 
@@ -146,6 +148,12 @@ class Sequence:
         self.num_computed_tokens += num_new_tokens
         self.num_placeholders -= samples
 
+    def lose(self, num_new_tokens: int, *, samples: bool) -> None:
+        """The oldest work in flight was not done."""
+        self.land(num_new_tokens, samples=samples)
+        self.num_computed_tokens -= num_new_tokens
+        self.is_lost = self.is_preempting = True
+
     def append(self, token_ids: tuple[int, ...]) -> tuple[int, FinishReason | None]:
         """Take sampled tokens up to the one that ends the sequence: how many were taken, and the reason if it ended.
 
@@ -183,6 +191,7 @@ class Sequence:
         self.num_ready_drafts = 0
         self.num_cached_blocks = 0
         self.is_preempting = False
+        self.is_lost = False
         self.prompt_logprobs.clear()
 
     def check_integrity(self, block_size: int, num_in_flight_tokens: int, num_in_flight_drafts: int = 0) -> None:

@@ -1,6 +1,6 @@
 """One pass of the loop, as data: schedule -> StepPlan -> execute -> StepResult -> commit -> token events.
 
-    scheduler.schedule() ── StepPlan ──► runner.execute() ── StepResult ──► scheduler.commit() ──► TokenEvents
+    scheduler.schedule() ── StepPlan ──► runner.launch() ── StepResult ──► scheduler.commit() ──► TokenEvents
 
 A plan is compact and serialisable: it is all that a runner (or one of several ranks) needs, beside the rows it keeps
 from earlier plans. A row is a runner's persistent slot for one sequence: its tokens, its block table, its sampling
@@ -103,6 +103,13 @@ class StepResult:
 
     step: int
     rows: tuple[RowResult, ...]
+    is_lost: bool = False
+    """Memory did not suffice: nothing was computed, and no row is where the plan would have brought it."""
+
+    @classmethod
+    def lost(cls, plan: StepPlan) -> "StepResult":
+        """Of a plan for which memory did not suffice."""
+        return cls(plan.step, tuple(RowResult(scheduled.row) for scheduled in plan.rows), is_lost=True)
 
 
 class ErrorCode(Enum):

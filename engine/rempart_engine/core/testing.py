@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
+from rempart_engine.core.pipeline import Pipeline
 from rempart_engine.core.request import FinishReason, Request, RequestId, SamplingParams
+from rempart_engine.core.runner import DoneStep
 from rempart_engine.core.scheduler import Scheduler
 from rempart_engine.core.scheduler_config import SchedulerConfig
 from rempart_engine.core.step import RowResult, ScheduledRow, StepPlan, StepResult, TokenEvent, TokenLogprob
@@ -74,6 +76,12 @@ class SimulatedRunner:
     """Rows whose next result is an error."""
     draft_percent: int = 70
     """How many of 100 drafts are right."""
+    num_steps_to_lose: int = 0
+    """For so many steps to come memory does not suffice."""
+    most_tokens: int | None = None
+    """Memory does not suffice for steps of more tokens."""
+    computes_elsewhere: bool = False
+    """Steps are not done when they are launched."""
     num_computed_tokens: int = 0
     _slots: dict[int, int] = field(default_factory=dict)
     _rows: dict[int, _Row] = field(default_factory=dict)
@@ -82,6 +90,23 @@ class SimulatedRunner:
         """Compute the plan."""
         assert plan.num_tokens <= self.config.max_step_tokens, "over the token budget"
         assert len({scheduled.row for scheduled in plan.rows}) == len(plan.rows), "a row is planned twice"
+        self._enter(plan)
+        return StepResult(plan.step, tuple(self._execute_row(scheduled) for scheduled in plan.rows))
+
+    def launch(self, plan: StepPlan) -> DoneStep:
+        """Compute the plan now, unless memory does not suffice for it."""
+        if self.num_steps_to_lose or (self.most_tokens is not None and plan.num_tokens > self.most_tokens):
+            self.num_steps_to_lose = max(0, self.num_steps_to_lose - 1)
+            self._enter(plan)
+            return DoneStep(StepResult.lost(plan))
+        return DoneStep(self.execute(plan), is_done=not self.computes_elsewhere)
+
+    def release_rows(self, rows: Sequence[int]) -> None:
+        """Forget rows."""
+        for row in rows:
+            del self._rows[row]
+
+    def _enter(self, plan: StepPlan) -> None:
         for new_row in plan.new_rows:
             assert new_row.row not in self._rows, "a row is used again before it was released"
             assert new_row.row < self.config.max_num_rows, "no such row"
@@ -92,12 +117,6 @@ class SimulatedRunner:
                 new_row.num_prompt_tokens,
                 list(new_row.block_ids),
             )
-        return StepResult(plan.step, tuple(self._execute_row(scheduled) for scheduled in plan.rows))
-
-    def release_rows(self, rows: Sequence[int]) -> None:
-        """Forget rows."""
-        for row in rows:
-            del self._rows[row]
 
     def _execute_row(self, scheduled: ScheduledRow) -> RowResult:
         row = self._rows[scheduled.row]
@@ -247,16 +266,11 @@ def run_until_idle(scheduler: Scheduler, runner: SimulatedRunner, max_steps: int
 
 def run_a_step_ahead(scheduler: Scheduler, runner: SimulatedRunner) -> list[TokenEvent]:
     """All events until nothing is left to do, where each step is planned before the one before it is committed."""
+    runner.computes_elsewhere = True
+    pipeline = Pipeline(scheduler, runner)
     events: list[TokenEvent] = []
-    results: list[StepResult] = []
     while scheduler.has_work:
-        runner.release_rows(scheduler.take_released_rows())
-        plan = scheduler.schedule()
-        runner.release_rows(scheduler.take_released_rows())
-        if plan is not None:
-            results.append(runner.execute(plan))
-        if len(results) == 2 or plan is None:
-            events += scheduler.commit(results.pop(0))
+        events += pipeline.advance()[1]
         scheduler.check_integrity()
     return events
 
