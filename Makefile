@@ -7,7 +7,7 @@ PROTOS := $(wildcard protos/rempart_protos/v1/*.proto)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-cpu test-triton test-gpu test-slow check format protos bench bench-dsa clean
+.PHONY: help up test test-cpu test-triton test-gpu test-slow compile-kernels check format protos bench bench-dsa clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -15,13 +15,16 @@ help: ## show this list
 up: $(INSTALLED) ## set everything up, then serve SmolLM2-135M-Instruct on this machine (ARGS="--engines 2")
 	@$(BIN)/rempart up $(ARGS)
 
-test: test-cpu test-triton ## all tests that need no GPU and no long time
+test: test-cpu test-triton compile-kernels ## all tests that need no GPU and no long time
 
 test-cpu: $(INSTALLED) ## of these, all but the kernels for GPUs
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" --ignore tests/gpu $(ARGS)
 
 test-triton: $(INSTALLED) ## of these, the kernels for GPUs, in Triton's interpreter
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/gpu $(ARGS)
+
+compile-kernels: $(INSTALLED) ## of these, every kernel compiled for A100, H100 and B200; refuses spills and slow paths without a reason
+	@$(BIN)/python -m rempart_engine.kernels.compile $(ARGS)
 
 test-gpu: ## the kernels and the engine on the GPU of this machine (PYTHON=one that has torch for CUDA, triton and pytest)
 	@PYTHONPATH=engine:platform:protos $(PYTHON) -m pytest -q -m "not slow" tests/gpu $(ARGS)
