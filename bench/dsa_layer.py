@@ -1,5 +1,7 @@
 """One attention layer of DeepSeek-V3.2 with its projections, weights at random: what an operator's machine runs."""
 
+from dataclasses import dataclass, field
+
 import torch
 from bench.dsa_caches import Caches
 from bench.dsa_check import WrongAnswerError
@@ -10,13 +12,27 @@ from rempart_engine.inputs import StepInputs
 from rempart_engine.kernels.packed_linear import PackedLinear
 from rempart_engine.kernels.select_tokens import Selection
 from rempart_engine.model.deepseek.attention import LatentAttention
+from rempart_engine.model.deepseek.cpu_parts import CpuParts
 from rempart_engine.model.deepseek.indexer import Indexer
 from rempart_engine.model.deepseek.names import layer_tensors
 from rempart_engine.model.deepseek.options import AttentionOptions
 from rempart_engine.model.deepseek.rotary import cos_sin_tables
+from rempart_engine.model.precision import Precision
 from rempart_engine.model.weights.weight import Weight
 
 _ATTENTION, _INDEXER = "self_attn.", "indexer."
+
+
+@dataclass(frozen=True, slots=True)
+class _SharedParts(CpuParts):
+    """Makes one linear layer of each weight."""
+
+    made: dict[int, nn.Module] = field(default_factory=dict)
+
+    def linear(self, weight: Weight) -> nn.Module:
+        if id(weight) not in self.made:
+            self.made[id(weight)] = CpuParts.linear(self, weight)
+        return self.made[id(weight)]
 
 
 class Layers:
@@ -32,16 +48,10 @@ class Layers:
         of_indexer = {
             name.removeprefix(_INDEXER): weight for name, weight in tensors.items() if name.startswith(_INDEXER)
         }
-        made: dict[int, nn.Module] = {}
-
-        def make_linear(weight: Weight) -> nn.Module:
-            if id(weight) not in made:
-                made[id(weight)] = PackedLinear(weight.data)
-            return made[id(weight)]
-
-        indexer = Indexer(V32, of_indexer, make_linear, dtype, AttentionOptions().score_bytes)
-        self._sparse = LatentAttention(V32, tensors, make_linear, dtype, indexer)
-        self._dense = LatentAttention(V32, tensors, make_linear, dtype, None)
+        parts = _SharedParts(Precision("shared", dtype, PackedLinear))
+        indexer = Indexer(V32, of_indexer, parts, AttentionOptions().score_bytes)
+        self._sparse = LatentAttention(V32, tensors, parts, indexer)
+        self._dense = LatentAttention(V32, tensors, parts, None)
         self._tables = cos_sin_tables(V32, V32.max_model_len)
         self.weight_bytes = sum(weight.data.numel() for weight in tensors.values()) * dtype.itemsize
 

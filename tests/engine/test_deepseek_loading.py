@@ -68,7 +68,7 @@ def test_projections_are_held_as_asked_for(
     for name in (
         "layers.0.attention.q_a",
         "layers.0.mlp.down",
-        "layers.2.mlp.experts.5.up",
+        "layers.2.mlp.experts.each.5.up",
         "layers.2.mlp.shared.gate",
     ):
         assert isinstance(kinds[name], kind), name

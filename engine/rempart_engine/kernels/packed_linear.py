@@ -27,3 +27,10 @@ class PackedLinear(nn.Module):
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return product
+
+
+class WidePackedLinear(PackedLinear):
+    """The same of float32 weights, for x of any float type: [T, in] -> [T, out] float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.float())

@@ -6,17 +6,17 @@ import torch
 from torch import nn
 
 from rempart_engine.inputs import StepInputs
-from rempart_engine.kernels.headwise_linear import HeadwiseLinear
 from rempart_engine.kernels.latent_attention import latent_attention
 from rempart_engine.kernels.latent_cache import store_latents
 from rempart_engine.kernels.rms_norm import rms_norm
-from rempart_engine.kernels.rope import Angles, rotate
+from rempart_engine.kernels.rope import Angles, rotate, rotate_in_place
 from rempart_engine.kernels.select_tokens import Selection
 from rempart_engine.model.deepseek.config import DeepseekConfig
 from rempart_engine.model.deepseek.expanded import ExpandedAttention, only, whole_pieces
 from rempart_engine.model.deepseek.indexer import Indexer
+from rempart_engine.model.deepseek.parts import Parts
 from rempart_engine.model.deepseek.rotary import softmax_scale
-from rempart_engine.model.weights.weight import LinearFactory, Weight
+from rempart_engine.model.weights.weight import Weight
 
 _LATENT_NORM_EPS = 1e-6
 """Of the norms between low-rank projections, whatever the configuration says of the others."""
@@ -35,8 +35,7 @@ class LatentAttention(nn.Module):
         self,
         config: DeepseekConfig,
         tensors: Mapping[str, Weight],
-        make_linear: LinearFactory,
-        dtype: torch.dtype,
+        parts: Parts,
         indexer: Indexer | None,
         expand_from: int | None = None,
     ) -> None:
@@ -45,17 +44,17 @@ class LatentAttention(nn.Module):
         self._shape = config
         self._scale = softmax_scale(config)
         self.indexer = indexer
-        self.q_a = make_linear(tensors["q_a_proj.weight"])
-        self.q_b = make_linear(tensors["q_b_proj.weight"])
-        self.kv_a = make_linear(tensors["kv_a_proj_with_mqa.weight"])
-        self.o = make_linear(tensors["o_proj.weight"])
+        self.q_a = parts.linear(tensors["q_a_proj.weight"])
+        self.q_b = parts.linear(tensors["q_b_proj.weight"])
+        self.kv_a = parts.linear(tensors["kv_a_proj_with_mqa.weight"])
+        self.o = parts.linear(tensors["o_proj.weight"])
         self.register_buffer("q_norm", tensors["q_a_layernorm.weight"].dequantized(torch.float32))
         self.register_buffer("kv_norm", tensors["kv_a_layernorm.weight"].dequantized(torch.float32))
-        to_heads = tensors["kv_b_proj.weight"].dequantized(dtype)
+        to_heads = tensors["kv_b_proj.weight"].dequantized(parts.dtype)
         of_heads = to_heads.view(config.num_heads, -1, config.kv_lora_rank)
         keys, values = torch.split(of_heads, [config.qk_nope_head_dim, config.v_head_dim], dim=1)  # [H, D, R] each
-        self.query_to_latent = HeadwiseLinear(keys)
-        self.latent_to_value = HeadwiseLinear(values.transpose(1, 2))
+        self.query_to_latent = parts.headwise_linear(keys)
+        self.latent_to_value = parts.headwise_linear(values.transpose(1, 2))
         self._expand_from = expand_from
         self.expanded = None if expand_from is None else ExpandedAttention(config, to_heads, self._scale)
 
@@ -72,8 +71,7 @@ class LatentAttention(nn.Module):
         shape = self._shape
         query_latents = rms_norm(self.q_a(x), self.q_norm, _LATENT_NORM_EPS)
         queries = self.q_b(query_latents).view(len(x), shape.num_heads, -1)
-        turning = queries[..., shape.qk_nope_head_dim :]
-        turning.copy_(rotate(turning, angles, "interleaved"))
+        rotate_in_place(queries[..., shape.qk_nope_head_dim :], angles, "interleaved")
         latents, rope_keys = self.kv_a(x).split((shape.kv_lora_rank, shape.qk_rope_head_dim), dim=-1)
         latents = rms_norm(latents.contiguous(), self.kv_norm, _LATENT_NORM_EPS)
         rope_keys = rotate(rope_keys[:, None], angles, "interleaved")[:, 0]

@@ -7,11 +7,11 @@ from torch import nn
 
 from rempart_engine.inputs import StepInputs
 from rempart_engine.kernels.index_cache import store_index_keys
-from rempart_engine.kernels.packed_linear import PackedLinear
 from rempart_engine.kernels.rope import Angles, rotate
 from rempart_engine.kernels.select_tokens import Selection, select_tokens
 from rempart_engine.model.deepseek.config import DeepseekConfig
-from rempart_engine.model.weights.weight import LinearFactory, Weight
+from rempart_engine.model.deepseek.parts import Parts
+from rempart_engine.model.weights.weight import Weight
 
 _LAYER_NORM_EPS = 1e-6
 
@@ -29,19 +29,18 @@ class Indexer(nn.Module):
         self,
         config: DeepseekConfig,
         tensors: Mapping[str, Weight],
-        make_linear: LinearFactory,
-        dtype: torch.dtype,
+        parts: Parts,
         score_bytes: int,
     ) -> None:
         """Tensors are named as in the checkpoint, below `self_attn.indexer.`."""
         super().__init__()
         self._shape = config.indexer
         self._score_bytes = score_bytes
-        self._dtype = dtype
+        self._dtype = parts.dtype
         self._weight_scale = (config.indexer.num_heads * config.indexer.head_dim) ** -0.5
-        self.q = make_linear(tensors["wq_b.weight"])
-        self.k = PackedLinear(tensors["wk.weight"].dequantized(dtype))
-        self.head_weights = PackedLinear(tensors["weights_proj.weight"].dequantized(torch.float32))
+        self.q = parts.linear(tensors["wq_b.weight"])
+        self.k = parts.exact_linear(tensors["wk.weight"])
+        self.head_weights = parts.wide_linear(tensors["weights_proj.weight"])
         self.register_buffer("norm_weight", tensors["k_norm.weight"].dequantized(torch.float32))
         self.register_buffer("norm_bias", tensors["k_norm.bias"].dequantized(torch.float32))
 
@@ -59,7 +58,7 @@ class Indexer(nn.Module):
         if step.max_context <= self._shape.top_k:
             return Selection.of_everything(step)
         queries = rotate(self.q(query_latents).view(-1, num_heads, dim), angles, layout)
-        weights = self.head_weights(x.float()) * self._weight_scale
+        weights = self.head_weights(x) * self._weight_scale
         return select_tokens(queries, weights, pool, step, self._shape.top_k, self._score_bytes)
 
     def compile_selection(self, pool: torch.Tensor) -> None:

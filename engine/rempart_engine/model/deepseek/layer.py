@@ -1,6 +1,6 @@
 """One layer of a DeepSeek model: sparse latent attention and feed-forward, each behind a norm."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -16,7 +16,8 @@ from rempart_engine.model.deepseek.indexer import Indexer
 from rempart_engine.model.deepseek.kv_pools import INDEX_KEYS, LATENTS
 from rempart_engine.model.deepseek.moe import GatedMLP, MoE, below
 from rempart_engine.model.deepseek.options import AttentionOptions
-from rempart_engine.model.weights.weight import LinearFactory, Weight
+from rempart_engine.model.deepseek.parts import Parts
+from rempart_engine.model.weights.weight import Weight
 
 
 class DeepseekLayer(nn.Module):
@@ -30,17 +31,15 @@ class DeepseekLayer(nn.Module):
         config: DeepseekConfig,
         index: int,
         tensors: Mapping[str, Weight],
-        experts: Sequence[GatedMLP],
-        make_linear: LinearFactory,
-        dtype: torch.dtype,
+        experts: nn.Module | None,
+        parts: Parts,
         options: AttentionOptions,
     ) -> None:
         """
         Args:
             index: of the layer; `num_layers` for the MTP layer.
             tensors: named as in the checkpoint, below `layers.{index}.`; the routed experts' are not needed.
-            experts: the routed ones; none for a dense layer.
-            dtype: of activations.
+            experts: the routed ones; None for a dense layer.
         """
         super().__init__()
         self._eps = config.rms_norm_eps
@@ -48,17 +47,10 @@ class DeepseekLayer(nn.Module):
         has_indexer = index == config.num_layers or config.indexer.is_full[index]
         self._index_pool_index = sum(config.indexer.is_full[:index]) if has_indexer else None
         attention = below(tensors, "self_attn")
-        indexer = (
-            Indexer(config, below(attention, "indexer"), make_linear, dtype, options.score_bytes)
-            if has_indexer
-            else None
-        )
-        self.attention = LatentAttention(config, attention, make_linear, dtype, indexer, options.expand_from)
-        self.mlp: nn.Module = (
-            GatedMLP(below(tensors, "mlp"), make_linear)
-            if index < config.num_dense_layers
-            else MoE(config.moe, below(tensors, "mlp"), experts, make_linear)
-        )
+        indexer = Indexer(config, below(attention, "indexer"), parts, options.score_bytes) if has_indexer else None
+        self.attention = LatentAttention(config, attention, parts, indexer, options.expand_from)
+        mlp = below(tensors, "mlp")
+        self.mlp: nn.Module = GatedMLP(mlp, parts) if experts is None else MoE(config.moe, mlp, experts, parts)
         self.register_buffer("attention_norm", tensors["input_layernorm.weight"].dequantized(torch.float32))
         self.register_buffer("mlp_norm", tensors["post_attention_layernorm.weight"].dequantized(torch.float32))
 

@@ -3,17 +3,16 @@
 from collections.abc import Callable
 
 from rempart_engine.model.deepseek.config import DeepseekConfig
+from rempart_engine.model.deepseek.cpu_parts import CpuParts
 from rempart_engine.model.deepseek.layer import DeepseekLayer
-from rempart_engine.model.deepseek.linears import converting, keeping_fp8
 from rempart_engine.model.deepseek.model import Deepseek
-from rempart_engine.model.deepseek.moe import GatedMLP
 from rempart_engine.model.deepseek.mtp import MTP
 from rempart_engine.model.deepseek.names import expected_tensors, layer_tensors
 from rempart_engine.model.deepseek.options import AttentionOptions
+from rempart_engine.model.deepseek.parts import Parts
 from rempart_engine.model.precision import Precision
 from rempart_engine.model.weights.deepseek_folder import DeepseekFolder, StoredWeights, WeightsBelow
 from rempart_engine.model.weights.heap import freed_memory_returned
-from rempart_engine.model.weights.weight import LinearFactory
 
 _EXPERTS = "mlp.experts."
 
@@ -43,33 +42,37 @@ def load_deepseek(
     config = source.config
     has_mtp = load_mtp and config.num_mtp_layers > 0
     weights = source.weights(_counted(config, has_mtp, on_progress))
-    make_linear = keeping_fp8(precision) if precision.keeps_fp8 else converting(precision)
+    parts = _parts_of(precision)
 
     def layer(index: int) -> DeepseekLayer:
-        return _layer(config, index, weights, make_linear, precision, options)
+        return _layer(config, index, weights, parts, options)
 
     with freed_memory_returned():
         layers = [layer(index) for index in range(config.num_layers)]
         mtp = None
         if has_mtp:
             own = WeightsBelow(weights, f"layers.{config.num_layers}.")
-            mtp = MTP(config, own, layer(config.num_layers), precision.dtype)
-        return Deepseek(config, layers, weights, precision.dtype, max_model_len, mtp)
+            mtp = MTP(config, own, layer(config.num_layers), parts)
+        return Deepseek(config, layers, weights, parts, max_model_len, mtp)
+
+
+def _parts_of(precision: Precision) -> Parts:
+    return CpuParts(precision)
 
 
 def _layer(
     config: DeepseekConfig,
     index: int,
     weights: StoredWeights,
-    make_linear: LinearFactory,
-    precision: Precision,
+    parts: Parts,
     options: AttentionOptions,
 ) -> DeepseekLayer:
     own = WeightsBelow(weights, f"layers.{index}.")
-    num_experts = 0 if index < config.num_dense_layers else config.moe.num_experts
-    experts = [GatedMLP(WeightsBelow(own, f"{_EXPERTS}{number}."), make_linear) for number in range(num_experts)]
+    experts = None
+    if index >= config.num_dense_layers:
+        experts = parts.experts(config, lambda number: WeightsBelow(own, f"{_EXPERTS}{number}."))
     others = {name: own[name] for name in layer_tensors(config, index) if not name.startswith(_EXPERTS)}
-    return DeepseekLayer(config, index, others, experts, make_linear, precision.dtype, options)
+    return DeepseekLayer(config, index, others, experts, parts, options)
 
 
 def _counted(config: DeepseekConfig, has_mtp: bool, on_progress: Callable[[float], None]) -> Callable[[str], None]:

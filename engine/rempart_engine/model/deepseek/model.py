@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from rempart_engine.inputs import StepInputs
-from rempart_engine.kernels.packed_linear import PackedLinear
 from rempart_engine.kernels.rms_norm import add_rms_norm
 from rempart_engine.kernels.rope import Angles
 from rempart_engine.kv_storage import KVStorage
@@ -15,6 +14,7 @@ from rempart_engine.model.deepseek.config import DeepseekConfig
 from rempart_engine.model.deepseek.kv_pools import INDEX_KEYS
 from rempart_engine.model.deepseek.layer import DeepseekLayer
 from rempart_engine.model.deepseek.mtp import MTP
+from rempart_engine.model.deepseek.parts import Parts
 from rempart_engine.model.deepseek.rotary import cos_sin_tables
 from rempart_engine.model.weights.weight import Weight
 
@@ -33,7 +33,7 @@ class Deepseek(nn.Module):
         config: DeepseekConfig,
         layers: Sequence[DeepseekLayer],
         tensors: Mapping[str, Weight],
-        dtype: torch.dtype,
+        parts: Parts,
         max_model_len: int,
         mtp: MTP | None = None,
     ) -> None:
@@ -42,23 +42,24 @@ class Deepseek(nn.Module):
         self._eps = config.rms_norm_eps
         self.layers = nn.ModuleList(layers)
         self.mtp = mtp
-        self.register_buffer("embedding", tensors["embed_tokens.weight"].dequantized(dtype))
+        self.register_buffer("embedding", tensors["embed_tokens.weight"].dequantized(parts.dtype))
         self.register_buffer("norm", tensors["norm.weight"].dequantized(torch.float32))
-        self.head = PackedLinear(tensors["lm_head.weight"].dequantized(torch.float32))
+        self.head = parts.wide_linear(tensors["lm_head.weight"])
         cos, sin = cos_sin_tables(config, max_model_len)
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
+        self.to(parts.device)
 
     def forward(self, step: StepInputs, storage: KVStorage) -> torch.Tensor:  # [T, W]
         delta = self._embed(step.token_ids)
-        residual = torch.zeros(delta.shape)
+        residual = delta.new_zeros(delta.shape, dtype=torch.float32)
         angles, selection = self._angles(step), None
         for layer in self.layers:
             delta, selection = layer(residual, delta, angles, storage, step, selection)
         return add_rms_norm(residual, delta, self.norm, self._eps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:  # [O, W] -> [O, V] float32
-        return self.head(hidden.float())  # type: ignore[no-any-return]  # nn.Module's call
+        return self.head(hidden)  # type: ignore[no-any-return]  # nn.Module's call
 
     def compile_selection(self, storage: KVStorage) -> None:
         """As `Indexer.compile_selection`; one layer's kernels are every layer's."""

@@ -5,22 +5,22 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from rempart_engine.kernels.packed_linear import PackedLinear
 from rempart_engine.kernels.sigmoid import sigmoid
 from rempart_engine.kernels.silu_mul import silu_mul
 from rempart_engine.model.deepseek.config import MoEConfig
-from rempart_engine.model.weights.weight import LinearFactory, Weight
+from rempart_engine.model.deepseek.parts import Parts
+from rempart_engine.model.weights.weight import Weight
 
 
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)): a dense layer's feed-forward, or one expert."""
 
-    def __init__(self, tensors: Mapping[str, Weight], make_linear: LinearFactory) -> None:
+    def __init__(self, tensors: Mapping[str, Weight], parts: Parts) -> None:
         """Tensors: `gate_proj.weight`, `up_proj.weight` and `down_proj.weight`."""
         super().__init__()
-        self.gate = make_linear(tensors["gate_proj.weight"])
-        self.up = make_linear(tensors["up_proj.weight"])
-        self.down = make_linear(tensors["down_proj.weight"])
+        self.gate = parts.linear(tensors["gate_proj.weight"])
+        self.up = parts.linear(tensors["up_proj.weight"])
+        self.down = parts.linear(tensors["down_proj.weight"])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, W] -> [T, W]
         added: torch.Tensor = self.down(silu_mul(torch.cat((self.gate(x), self.up(x)), dim=-1)))
@@ -32,17 +32,17 @@ class Router(nn.Module):
 
     bias: torch.Tensor
 
-    def __init__(self, config: MoEConfig, tensors: Mapping[str, Weight]) -> None:
+    def __init__(self, config: MoEConfig, tensors: Mapping[str, Weight], parts: Parts) -> None:
         """Tensors: `weight` and `e_score_correction_bias`."""
         super().__init__()
         self._config = config
-        self.gate = PackedLinear(tensors["weight"].dequantized(torch.float32))
+        self.gate = parts.wide_linear(tensors["weight"])
         self.register_buffer("bias", tensors["e_score_correction_bias"].dequantized(torch.float32))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [T, W] -> [T, k] int64 and float32
         """Ids of each token's experts, ascending, and their weights. The bias chooses, and never weighs."""
         config = self._config
-        scores = sigmoid(self.gate(x.float()))
+        scores = sigmoid(self.gate(x))
         ranked = (scores + self.bias).view(len(x), config.num_groups, -1)
         group_scores = ranked.topk(min(2, ranked.shape[2]), dim=-1).values.sum(-1)
         chosen_groups = group_scores.topk(config.num_chosen_groups, dim=-1).indices
@@ -55,33 +55,42 @@ class Router(nn.Module):
         return experts, weights * config.routed_scaling_factor
 
 
-class MoE(nn.Module):
-    """Experts that tokens are routed to, and shared ones that all tokens take."""
+class SeparateExperts(nn.Module):
+    """Routed experts, each a module of its own: tokens are sorted by expert, so that each computes once."""
 
-    def __init__(
-        self,
-        config: MoEConfig,
-        tensors: Mapping[str, Weight],
-        experts: Sequence[GatedMLP],
-        make_linear: LinearFactory,
-    ) -> None:
-        """Tensors are named as in the checkpoint, below `mlp.`, those of `experts` excepted."""
+    def __init__(self, experts: Sequence[GatedMLP]) -> None:
         super().__init__()
-        self.router = Router(config, below(tensors, "gate"))
-        self.experts = nn.ModuleList(experts)
-        self.shared = GatedMLP(below(tensors, "shared_experts"), make_linear)
+        self.each = nn.ModuleList(experts)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, W] -> [T, W]
-        """Tokens are sorted by expert, so that each computes once; a token's sum is in the order of expert ids."""
-        experts, weights = self.router(x)
+    def forward(
+        self,
+        x: torch.Tensor,  # [T, W]
+        experts: torch.Tensor,  # [T, k] int64, of each token
+        weights: torch.Tensor,  # [T, k] float32
+    ) -> torch.Tensor:  # [T, W] float32
+        """Weighted sums; a token's is in the order of its experts."""
         order = experts.flatten().argsort(stable=True)
-        counts = experts.flatten().bincount(minlength=len(self.experts)).tolist()
+        counts = experts.flatten().bincount(minlength=len(self.each)).tolist()
         inputs = torch.split(x[order // experts.shape[1]], counts)
-        outputs = [expert(part) for expert, part in zip(self.experts, inputs, strict=True) if len(part)]
+        outputs = [expert(part) for expert, part in zip(self.each, inputs, strict=True) if len(part)]
         routed = torch.empty(len(order), x.shape[1], dtype=x.dtype)
         routed[order] = torch.cat(outputs)
         weighted = routed.view(*experts.shape, -1).float() * weights[..., None]  # [T, k, W]
-        total: torch.Tensor = weighted.sum(1) + self.shared(x).float()
+        return weighted.sum(1)
+
+
+class MoE(nn.Module):
+    """Experts that tokens are routed to, and shared ones that all tokens take."""
+
+    def __init__(self, config: MoEConfig, tensors: Mapping[str, Weight], experts: nn.Module, parts: Parts) -> None:
+        """Tensors are named as in the checkpoint, below `mlp.`, those of `experts` (see `Parts.experts`) excepted."""
+        super().__init__()
+        self.router = Router(config, below(tensors, "gate"), parts)
+        self.experts = experts
+        self.shared = GatedMLP(below(tensors, "shared_experts"), parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, W] -> [T, W]
+        total: torch.Tensor = self.experts(x, *self.router(x)) + self.shared(x).float()
         return total.to(x.dtype)
 
 

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from rempart_engine.inputs import StepInputs
-from rempart_engine.kernels.packed_linear import PackedLinear
 from rempart_engine.kernels.rms_norm import add_rms_norm, rms_norm
 from rempart_engine.kernels.rope import Angles
 from rempart_engine.kv_storage import KVStorage
 from rempart_engine.model.deepseek.config import DeepseekConfig
 from rempart_engine.model.deepseek.layer import DeepseekLayer
+from rempart_engine.model.deepseek.parts import Parts
 from rempart_engine.model.weights.weight import Weight
 
 
@@ -27,13 +27,13 @@ class MTP(nn.Module):
         config: DeepseekConfig,
         tensors: Mapping[str, Weight],
         layer: DeepseekLayer,
-        dtype: torch.dtype,
+        parts: Parts,
     ) -> None:
         """Tensors: `enorm.weight`, `hnorm.weight`, `eh_proj.weight` and `shared_head.norm.weight`."""
         super().__init__()
         self._eps = config.rms_norm_eps
         self.layer = layer
-        self.join = PackedLinear(tensors["eh_proj.weight"].dequantized(dtype))
+        self.join = parts.exact_linear(tensors["eh_proj.weight"])
         self.register_buffer("embedding_norm", tensors["enorm.weight"].dequantized(torch.float32))
         self.register_buffer("hidden_norm", tensors["hnorm.weight"].dequantized(torch.float32))
         self.register_buffer("head_norm", tensors["shared_head.norm.weight"].dequantized(torch.float32))
@@ -53,6 +53,6 @@ class MTP(nn.Module):
                 (rms_norm(embedded, self.embedding_norm, self._eps), rms_norm(hidden, self.hidden_norm, self._eps)), -1
             )
         )
-        residual = torch.zeros(delta.shape)
+        residual = delta.new_zeros(delta.shape, dtype=torch.float32)
         delta, _ = self.layer(residual, delta, angles, storage, step, None)
         return add_rms_norm(residual, delta, self.head_norm, self._eps)

@@ -1,10 +1,8 @@
 """One weight as its checkpoint holds it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from rempart_engine.kernels.fp8_blocks import dequantize_blocks
 
@@ -31,7 +29,3 @@ class Weight:
         if self.scales is None or self.block is None:
             return self.data.to(dtype)
         return dequantize_blocks(self.data, self.scales, self.block, dtype)
-
-
-LinearFactory = Callable[[Weight], nn.Module]
-"""From a weight [out, in] to the layer that applies it."""
