@@ -15,7 +15,8 @@ from rempart_engine.kernels.fp8 import LARGEST, e4m3_bytes, power_of_two_scales
 
 GROUP = 128
 """Latent values under one scale."""
-_LEAST_SCALE = 1e-4
+LEAST_SCALE = 1e-4
+"""A group of smaller numbers is held under the power of two from here on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def _fp8_records(latents: torch.Tensor, rope_keys: torch.Tensor) -> torch.Tensor
     layout = LatentLayout(latents.shape[1], rope_keys.shape[1])
     padding = layout.num_groups * GROUP - layout.latent_dim
     groups = torch.nn.functional.pad(latents.float(), (0, padding)).view(len(latents), -1, GROUP)
-    scales = power_of_two_scales((groups.abs().amax(-1) / LARGEST).clamp(min=_LEAST_SCALE))
+    scales = power_of_two_scales((groups.abs().amax(-1) / LARGEST).clamp(min=LEAST_SCALE))
     values = e4m3_bytes(groups / scales[..., None]).flatten(1)[:, : layout.latent_dim]
     return torch.cat((values, scales.view(torch.uint8), rope_keys.bfloat16().contiguous().view(torch.uint8)), 1)
 
