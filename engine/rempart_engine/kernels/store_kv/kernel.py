@@ -55,13 +55,13 @@ def _rope_and_store_kv(
     tl.debug_barrier()  # a number that two threads hold is read by both before one writes
     result = cast(turned(pairs, cos, sin), qkv_ptr.dtype.element_ty)
     tl.store(qkv_ptr + head * DIM + dim, result, mask=is_pair & (head < num_heads))
-    is_key = is_pair & (head >= num_heads) & (slot >= 0)
-    tl.store(k_pool_ptr + ((head - num_heads) * DIM + dim) * _BLOCK_SIZE, result, mask=is_key)
-
-    if (first_head < KV_HEADS) & (slot >= 0):
-        is_value = is_pair & (head < KV_HEADS)
-        values = tl.load(qkv_ptr + (num_heads + KV_HEADS + head) * DIM + dim, mask=is_value)
-        tl.store(v_pool_ptr + head * (_BLOCK_SIZE * DIM) + dim, values, mask=is_value)
+    if slot >= 0:
+        keys_ptr = k_pool_ptr + (head - num_heads) * (DIM * _BLOCK_SIZE)
+        tl.store(keys_ptr + dim * _BLOCK_SIZE, result, mask=is_pair & (head >= num_heads))
+        if first_head < KV_HEADS:
+            is_value = is_pair & (head < KV_HEADS)
+            values = tl.load(qkv_ptr + (num_heads + KV_HEADS + head) * DIM + dim, mask=is_value)
+            tl.store(v_pool_ptr + head * (_BLOCK_SIZE * DIM) + dim, values, mask=is_value)
 
 
 def rope_and_store_kv(
