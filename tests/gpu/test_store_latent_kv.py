@@ -161,6 +161,27 @@ def test_a_layer_without_an_indexer_stores_latents_alone(device: torch.device) -
     assert torch.equal(ours.cpu(), expected)
 
 
+def test_offsets_beyond_32_bits_are_reached(device: torch.device) -> None:
+    """A CPU gives no memory to what is never written of the large pools."""
+    shape, block_bytes = (128, 2, 132), 64 * 136
+    weight = torch.rand(132).to(device)
+    keys = IndexKeys(signs(1, 132).to(device), weight, weight, 0.0, "half-split")
+    x, norm = torch.cat((signs(1, 128), torch.randn(1, 2)), 1).to(device), torch.rand(128).to(device)
+    angles = torch.ones(1, 1, device=device), torch.zeros(1, 1, device=device)
+    stored = []
+    for num_blocks in (1, 2**31 // block_bytes + 2):
+        pools = [
+            torch.empty(num_blocks, *pool.shape[1:], dtype=torch.uint8, device=device)
+            for pool in filled_pools(torch.uint8, shape)
+        ]
+        slots = torch.tensor([64 * num_blocks - 1], device=device)
+        store_latent_kv(x, norm, 0.0, angles, slots, pools[0], keys, pools[1])
+        stored.append([*read_latents(pools[0], slots, 128), read_index_keys(pools[1], slots, 132)])
+    for near, far in zip(*stored, strict=True):
+        assert torch.equal(near, far)
+        assert near.any()
+
+
 @pytest.mark.parametrize("cache", CACHES)
 def test_nans_stay_nans_and_in_their_record(device: torch.device, cache: torch.dtype) -> None:
     keys = IndexKeys(torch.randn(7, 20), torch.rand(20), torch.rand(20), 1e-6, "interleaved")
