@@ -5,10 +5,11 @@ import torch
 from rempart_engine.inputs import StepInputs
 from rempart_engine.kernels.cpu_scalars import as_array
 from rempart_engine.kernels.paged_attention.cpu import kernel_for
+from rempart_engine.kernels.target import runs_triton
 
 
 def paged_attention(
-    q: torch.Tensor,  # [T, H, D]
+    q: torch.Tensor,  # [T, H, D], heads contiguous, other strides as they come
     k_pool: torch.Tensor,  # [N, Hk, D, 64]
     v_pool: torch.Tensor,  # [N, Hk, 64, D]
     step: StepInputs,
@@ -27,6 +28,14 @@ def paged_attention(
         raise ValueError(f"{num_heads} heads over {num_kv_heads}, head size {dim}, block size {block_size}: not served")
     if not (q.dtype == k_pool.dtype == v_pool.dtype):
         raise ValueError(f"types differ: {q.dtype}, {k_pool.dtype}, {v_pool.dtype}")
+    if q.stride(2) != 1 or not (k_pool.is_contiguous() and v_pool.is_contiguous()):
+        raise ValueError(
+            f"strides {q.stride()}, {k_pool.stride()}, {v_pool.stride()}: heads and pools must be contiguous"
+        )
+    if runs_triton(q):
+        from rempart_engine.kernels.paged_attention.kernel import paged_attention as on_gpu
+
+        return on_gpu(q, k_pool, v_pool, step, scale)
     out = torch.empty(num_tokens, num_heads, dim, dtype=q.dtype)
     kernel_for(dim)(
         as_array(q),
