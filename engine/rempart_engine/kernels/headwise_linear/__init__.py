@@ -36,3 +36,20 @@ class HeadwiseLinear(nn.Module):
         else:
             kernel(rows.float().contiguous().numpy(), self.packed.numpy(), y.numpy())
         return y[: x.shape[0], :, : self.out_features].to(x.dtype)
+
+
+class DenseHeadwiseLinear(nn.Module):
+    """The same on the weight as it is, by the library of the device: what a GPU multiplies fastest."""
+
+    weight: torch.Tensor  # [H, K, N]
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """Keeps weight [H, K, N], in the type that x will have."""
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, H, K], of any strides -> [T, H, N] contiguous
+        num_heads, _, width = self.weight.shape
+        y = x.new_empty(x.shape[0], num_heads, width)
+        torch.bmm(x.transpose(0, 1), self.weight, out=y.transpose(0, 1))  # written in place: no copy of x or y
+        return y
