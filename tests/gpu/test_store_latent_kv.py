@@ -123,13 +123,14 @@ def test_records_and_keys_are_near_the_references(
 
     float_step = max(torch.finfo(dtype).eps, torch.finfo(torch.bfloat16 if cache == torch.uint8 else cache).eps)
     code_step = 2.0**-3 if cache == torch.uint8 else float_step
+    least = 1e-4 if cache == torch.uint8 else 1e-5  # the least step of e4m3 beside a number near 8: 2**-9 * 2**-5
     mine, theirs = read_latents(ours[0], KEPT, latent_dim), read_latents(expected[0], KEPT, latent_dim)
     for our_part, part, step in zip(mine, theirs, (code_step, float_step), strict=True):
-        assert ((our_part - part).abs() <= step * part.abs() + 1e-5).all()
+        assert ((our_part - part).abs() <= step * part.abs() + least).all()
         assert cache == torch.float32 or (our_part == part).float().mean() > 0.95
     our_keys, their_keys = read_index_keys(ours[1], KEPT, key_dim), read_index_keys(expected[1], KEPT, key_dim)
     key_step = code_step if cache != torch.float32 else torch.finfo(torch.float32).eps
-    assert ((our_keys - their_keys).abs() <= key_step * their_keys.abs() + 1e-5).all()
+    assert ((our_keys - their_keys).abs() <= key_step * their_keys.abs() + least).all()
     if cache == torch.uint8:
         at = KEPT // 64, KEPT % 64
         assert torch.equal(fp8_pages(ours[1], key_dim)[1][at], fp8_pages(expected[1], key_dim)[1][at])

@@ -16,6 +16,12 @@ _NUMBERS_A_THREAD = 16
 
 
 @triton.jit
+def norm_factor(total, eps, WIDTH: tl.constexpr):
+    """1 / sqrt(total / WIDTH + eps), each step rounded: the fast forms differ from GPU to GPU, and from a CPU's."""
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(total, WIDTH * 1.0) + eps))
+
+
+@triton.jit
 def _add_rms_norm(
     residual_ptr,  # [T, W] float32, or None
     delta_ptr,  # [T, W]
@@ -36,7 +42,7 @@ def _add_rms_norm(
         residual_ptrs = residual_ptr + row * residual_stride + i
         number += tl.load(residual_ptrs, mask=is_inside, other=0.0)
         tl.store(residual_ptrs, number, mask=is_inside)
-    factor = tl.rsqrt(tl.sum(number * number) / WIDTH + eps)
+    factor = norm_factor(tl.sum(number * number), eps, WIDTH)
     tl.store(out_ptr + row * WIDTH + i, cast(number * factor * weight, out_ptr.dtype.element_ty), mask=is_inside)
 
 

@@ -15,6 +15,7 @@ from rempart_engine.kernels.builds import Build
 from rempart_engine.kernels.fp8 import LARGEST
 from rempart_engine.kernels.index_cache.cpu import LEAST_AMAX
 from rempart_engine.kernels.latent_cache import GROUP, LEAST_SCALE
+from rempart_engine.kernels.rms_norm.kernel import norm_factor
 from rempart_engine.kernels.rope import Angles
 from rempart_engine.kernels.store_latent_kv import IndexKeys
 from rempart_engine.kernels.target import Target
@@ -88,7 +89,7 @@ def _store_latent(
     rope_key = tl.load(x_ptr + LATENT_DIM + rope_dim, mask=is_turned, other=0.0).to(tl.float32)
     other = tl.load(x_ptr + LATENT_DIM + partner, mask=is_turned, other=0.0).to(tl.float32)
 
-    factor = tl.rsqrt(tl.sum(numbers * numbers) / LATENT_DIM + eps)
+    factor = norm_factor(tl.sum(numbers * numbers), eps, LATENT_DIM)
     latent = cast(numbers * factor * weight, dtype).to(tl.float32)
     rope_key = cast(_turned(rope_key, other, angle, is_first, is_turned, cos_ptr, sin_ptr), dtype).to(tl.float32)
     if scales_ptr is None:
@@ -137,9 +138,9 @@ def _store_index_key(
     is_turned = dim < ROPE_DIM
     partner, angle, is_first = _pair(dim, ROPE_DIM, IS_INTERLEAVED)
     number = tl.load(raw_ptr + dim, mask=is_inside, other=0.0).to(tl.float32)
-    mean = tl.sum(number) / DIM
+    mean = tl.div_rn(tl.sum(number), DIM * 1.0)
     centered = tl.where(is_inside, number - mean, 0.0)
-    factor = tl.rsqrt(tl.sum(centered * centered) / DIM + eps)
+    factor = norm_factor(tl.sum(centered * centered), eps, DIM)
     key = _normed(raw_ptr, weight_ptr, bias_ptr, dim, is_inside, mean, factor)
     other = _normed(raw_ptr, weight_ptr, bias_ptr, partner, is_turned, mean, factor)
     key = _turned(key, other, angle, is_first, is_turned, cos_ptr, sin_ptr)
