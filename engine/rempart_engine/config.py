@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rempart_engine.core.scheduler_config import MAX_SPECULATIVE_TOKENS
 
+DeviceName = Literal["cpu", "cuda"]
+
 BLOCK_SIZE = 64
 """Tokens per KV block, everywhere."""
 
@@ -35,10 +37,11 @@ class EngineConfig:
 
     model: Path = field(metadata=_help("GGUF file or folder of safetensors to serve"))
     served_model_name: str | None = field(default=None, metadata=_help("name to serve the model under"))
-    dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = field(
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4", "fp8"] = field(
         default="auto",
         metadata=_help(
-            "numbers to compute in; int8: weights and activations of linear layers; fp8: weights as in the checkpoint"
+            "numbers to compute in; fp8: weights as in the checkpoint; int8: weights and activations of linear "
+            "layers on a CPU, weights of routed experts on a GPU; int4: weights of routed experts on a GPU"
         ),
     )
     kv_cache_dtype: Literal["auto", "fp8"] = field(
@@ -51,7 +54,7 @@ class EngineConfig:
     manifest_key: Path | None = field(
         default=None, metadata=_help("and the manifest is signed by the owner of this ed25519 public key, a PEM file")
     )
-    device: Literal["cpu"] = field(default="cpu", metadata=_help("where to compute"))
+    device: DeviceName = field(default="cpu", metadata=_help("where to compute; cuda: an NVIDIA GPU"))
     runner: str = field(
         default="rempart_engine.runner:load_runner", metadata=_help("module:callable that loads the model")
     )
@@ -67,7 +70,16 @@ class EngineConfig:
     num_blocks: int | None = field(
         default=None, metadata=_help("KV blocks in the pool (default: as many as kv-cache-bytes holds)")
     )
-    kv_cache_bytes: int = field(default=1 << 30, metadata=_help("memory for KV blocks"))
+    kv_cache_bytes: int | None = field(
+        default=None,
+        metadata=_help("memory for KV blocks (default: 1 GiB on a CPU; on a GPU what a trial step leaves)"),
+    )
+    gpu_memory_fraction: float = field(
+        default=0.92, metadata=_help("most of a GPU's memory that weights, KV blocks and steps take together")
+    )
+    max_graph_tokens: int = field(
+        default=64, metadata=_help("steps of so many tokens at most are replayed from CUDA graphs; 0: none is")
+    )
     index_score_bytes: int = field(
         default=64 << 20, metadata=_help("memory for index scores; long prompts are scored in pieces that fit it")
     )
@@ -123,6 +135,8 @@ class EngineConfig:
             raise ValueError(f"runner must be module:callable, got {self.runner!r}")
         if not 0.0 <= self.watermark < 1.0:
             raise ValueError(f"watermark must be in [0, 1), got {self.watermark}")
+        if not 0.0 < self.gpu_memory_fraction <= 1.0:
+            raise ValueError(f"gpu_memory_fraction must be in (0, 1], got {self.gpu_memory_fraction}")
         if self.manifest_key is not None and self.require_manifest is None:
             raise ValueError("manifest_key goes with require_manifest")
         if (self.num_speculative_tokens or 0) > MAX_SPECULATIVE_TOKENS:
@@ -160,7 +174,15 @@ class EngineConfig:
 
 
 _MAY_BE_ZERO = frozenset(
-    {"port", "metrics_port", "watermark", "max_logprobs", "drain_timeout_s", "num_speculative_tokens"}
+    {
+        "port",
+        "metrics_port",
+        "watermark",
+        "max_logprobs",
+        "drain_timeout_s",
+        "num_speculative_tokens",
+        "max_graph_tokens",
+    }
 )
 
 

@@ -8,20 +8,20 @@
 The first pass covers every token of every step, so that the layer's KV is there whenever drafts are wanted.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from rempart_engine.core.step import StepPlan
-from rempart_engine.inputs import RowTable, StepInputs
+from rempart_engine.inputs import IntArray, StepArrays, StepInputs
 from rempart_engine.kept import Kept
 from rempart_engine.kv_storage import KVStorage
 from rempart_engine.model.deepseek.model import Deepseek
 from rempart_engine.places import Places
-from rempart_engine.sampler import draft
-from rempart_engine.sampling_rows import SamplingRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,46 +34,65 @@ class _Tails:
     tokens: NDArray[np.int64]  # [R], which of the step's tokens is the one before the last
 
 
+class Rows(Protocol):
+    """What the drafter needs of a runner's rows."""
+
+    def token_ids_at(self, rows: IntArray, positions: IntArray) -> torch.Tensor: ...
+
+    def write_drafts(self, rows: IntArray, positions: IntArray, token_ids: torch.Tensor) -> None: ...
+
+    def single_arrays(self, rows: IntArray, positions: IntArray) -> StepArrays: ...
+
+    def inputs(self, arrays: StepArrays) -> StepInputs: ...
+
+
+Guess = Callable[[torch.Tensor, NDArray[np.int64], NDArray[np.int64]], torch.Tensor]
+"""From logits [R, V], rows [R] and positions [R] of the tokens to be drafted to their ids [R] int64."""
+
+
 class Drafter:
     """Proposes drafts and writes them behind the rows' tokens, where the next step finds them."""
 
-    def __init__(self, model: Deepseek, storage: KVStorage, rows: RowTable, sampling: SamplingRows) -> None:
+    def __init__(self, model: Deepseek, storage: KVStorage, rows: Rows, guess: Guess) -> None:
         self._model = model
         self._storage = storage
         self._rows = rows
-        self._sampling = sampling
+        self._guess = guess
 
     def propose(
         self,
         plan: StepPlan,
+        arrays: StepArrays,
         inputs: StepInputs,
         hidden: torch.Tensor,  # [T, W], the model's
         places: Places,
         kept: Kept | None,
     ) -> dict[int, int]:
         """Drafts per row, for rows that may have some; the tokens that were kept are written down already."""
-        rows_of_tokens = np.array([row.row for row in plan.rows])[inputs.token_rows.numpy()]
-        following = self._rows.token_ids_at(rows_of_tokens, inputs.positions.numpy() + 1)
-        hidden = self._model.look_further(hidden, torch.from_numpy(following), inputs, self._storage)
+        following = self._rows.token_ids_at(arrays.rows, arrays.positions + 1)
+        hidden = self._model.look_further(hidden, following, inputs, self._storage)
         if kept is None:
             return {}
         tails = _tails(plan, places, kept)
         if not len(tails.rows):
             return {}
         rows, positions, limits = tails.rows, tails.positions, tails.limits
-        hidden = hidden[torch.from_numpy(tails.tokens)]
+        hidden = _selected(hidden, tails.tokens)
         for number in range(1, int(limits.max()) + 1):
-            still = limits >= number
+            still = np.flatnonzero(limits >= number)
             rows, positions, limits = rows[still], positions[still], limits[still]
-            hidden = hidden[torch.from_numpy(still)]
+            hidden = _selected(hidden, still)
             if number > 1:
                 drafted = self._rows.token_ids_at(rows, positions + number - 1)
-                step = self._rows.single_inputs(rows, positions + number - 2)
-                hidden = self._model.look_further(hidden, torch.from_numpy(drafted), step, self._storage)
+                step = self._rows.inputs(self._rows.single_arrays(rows, positions + number - 2))
+                hidden = self._model.look_further(hidden, drafted, step, self._storage)
             targets = positions + number
-            guesses = draft(self._model.logits(hidden), rows, targets, self._sampling)
-            self._rows.write_drafts(rows, targets, guesses.cpu().numpy())
+            self._rows.write_drafts(rows, targets, self._guess(self._model.logits(hidden), rows, targets))
         return {row.row: row.max_drafts for row in plan.rows if row.max_drafts}
+
+
+def _selected(hidden: torch.Tensor, tokens: NDArray[np.int64]) -> torch.Tensor:
+    return hidden[torch.from_numpy(tokens).to(hidden.device)]
 
 
 def _tails(plan: StepPlan, places: Places, kept: Kept) -> _Tails:

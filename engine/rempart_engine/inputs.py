@@ -1,7 +1,7 @@
 """From a StepPlan to the tensors of one step, over rows that persist from step to step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,25 @@ class StepInputs:
     """No token of the step sees more tokens than this, itself included. On the host, so that no GPU must be asked."""
 
 
+@dataclass(frozen=True, slots=True)
+class StepArrays:
+    """One step on the host: what `StepInputs` holds but the token ids, which only the device may know."""
+
+    rows: IntArray  # [T], the runner's row of each token
+    positions: IntArray  # [T] int32
+    token_rows: IntArray  # [T] int32
+    slots: IntArray  # [T] int64
+    block_tables: IntArray  # [B, most blocks of a sequence] int32
+    tile_rows: IntArray  # [tiles] int32
+    tile_tokens: IntArray  # [tiles] int32
+    tile_sizes: IntArray  # [tiles] int32
+    output_tokens: IntArray  # [O] int64
+    max_context: int
+
+
+_SHARED = tuple(field.name for field in fields(StepInputs) if field.name not in ("token_ids", "max_context"))
+
+
 class RowTable:
     """What a runner keeps per row: the tokens of its sequence and its block table."""
 
@@ -57,31 +76,39 @@ class RowTable:
         self._token_ids[rows, positions] = token_ids
         np.add.at(self._num_tokens, rows, 1)
 
-    def write_drafts(self, rows: IntArray, positions: IntArray, token_ids: IntArray) -> None:
+    def write_drafts(self, rows: IntArray, positions: IntArray, token_ids: torch.Tensor) -> None:
         """Guesses [R] beyond the rows' tokens, which are not theirs until appended."""
-        self._token_ids[rows, positions] = token_ids
+        self._token_ids[rows, positions] = token_ids.numpy()
 
     def token_ids(self, row: int, start: int, stop: int) -> IntArray:
         """Tokens [start, stop) of a row's sequence, as far as it has them."""
         return self._token_ids[row, start : min(stop, int(self._num_tokens[row]))]
 
-    def token_ids_at(self, rows: IntArray, positions: IntArray) -> IntArray:
+    def token_ids_at(self, rows: IntArray, positions: IntArray) -> torch.Tensor:
         """What is written in these places [R], tokens or drafts."""
-        return self._token_ids[rows, positions]
+        return torch.from_numpy(self._token_ids[rows, positions])
 
-    def inputs(self, plan: StepPlan) -> StepInputs:
-        """Tensors for the plan; new rows must have been started."""
+    def inputs(self, arrays: StepArrays) -> StepInputs:
+        """Tensors of a step."""
+        return StepInputs(
+            token_ids=self.token_ids_at(arrays.rows, arrays.positions),
+            max_context=arrays.max_context,
+            **{name: torch.from_numpy(getattr(arrays, name)) for name in _SHARED},
+        )
+
+    def arrays(self, plan: StepPlan) -> StepArrays:
+        """Numbers of the plan; new rows must have been started."""
         for scheduled in plan.rows:
             if scheduled.new_block_ids:
                 self._append_blocks(scheduled.row, scheduled.new_block_ids)
         rows, starts, counts = _columns(plan.rows)
-        return self._inputs(rows, starts, counts, _output_tokens(plan.rows, counts))
+        return self._arrays(rows, starts, counts, _output_tokens(plan.rows, counts))
 
-    def single_inputs(self, rows: IntArray, positions: IntArray) -> StepInputs:
-        """Tensors for one token of each of the rows [R]; all of them are outputs."""
-        return self._inputs(rows, positions, np.ones_like(rows), np.arange(len(rows)))
+    def single_arrays(self, rows: IntArray, positions: IntArray) -> StepArrays:
+        """Numbers for one token of each of the rows [R]; all of them are outputs."""
+        return self._arrays(rows, positions, np.ones_like(rows), np.arange(len(rows)))
 
-    def _inputs(self, rows: IntArray, starts: IntArray, counts: IntArray, output_tokens: IntArray) -> StepInputs:
+    def _arrays(self, rows: IntArray, starts: IntArray, counts: IntArray, output_tokens: IntArray) -> StepArrays:
         ends = np.cumsum(counts)
         firsts = ends - counts
         sequence = np.repeat(np.arange(len(rows)), counts)
@@ -90,16 +117,16 @@ class RowTable:
         blocks = self._block_tables[row_of_token, positions // BLOCK_SIZE].astype(np.int64)
         max_context = int((starts + counts).max())
         tile_rows, tile_tokens, tile_sizes = cut_into_tiles(firsts, counts)
-        return StepInputs(
-            token_ids=torch.from_numpy(self._token_ids[row_of_token, positions]),
-            positions=torch.from_numpy(positions.astype(np.int32)),
-            token_rows=torch.from_numpy(sequence.astype(np.int32)),
-            slots=torch.from_numpy(blocks * BLOCK_SIZE + positions % BLOCK_SIZE),
-            block_tables=torch.from_numpy(self._block_tables[rows, : -(-max_context // BLOCK_SIZE)]),
-            tile_rows=torch.from_numpy(tile_rows.astype(np.int32)),
-            tile_tokens=torch.from_numpy(tile_tokens.astype(np.int32)),
-            tile_sizes=torch.from_numpy(tile_sizes.astype(np.int32)),
-            output_tokens=torch.from_numpy(output_tokens),
+        return StepArrays(
+            rows=row_of_token,
+            positions=positions.astype(np.int32),
+            token_rows=sequence.astype(np.int32),
+            slots=blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
+            block_tables=self._block_tables[rows, : -(-max_context // BLOCK_SIZE)],
+            tile_rows=tile_rows.astype(np.int32),
+            tile_tokens=tile_tokens.astype(np.int32),
+            tile_sizes=tile_sizes.astype(np.int32),
+            output_tokens=output_tokens,
             max_context=max_context,
         )
 

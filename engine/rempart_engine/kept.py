@@ -2,13 +2,22 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rempart_engine.core.step import TokenLogprob
-from rempart_engine.logprobs import RowLogprobs
 from rempart_engine.places import Places
+
+
+class PlaceLogprobs(Protocol):
+    """Log-probabilities of those places that asked for them."""
+
+    def token_logprobs(self, num_places: int, /) -> list[tuple[TokenLogprob, ...]]:
+        """One tuple for each place, empty for those that want none."""
+        ...
+
 
 SampledRow = tuple[bool, tuple[int, ...], tuple[TokenLogprob, ...]]
 """Whether the row failed, its new tokens, and their log-probabilities."""
@@ -21,7 +30,7 @@ class Kept:
     token_ids: NDArray[np.int64]  # [P]
     is_kept: NDArray[np.bool_]  # [P]
     is_bad: NDArray[np.bool_]  # [R]
-    logprobs: RowLogprobs | None
+    logprobs: PlaceLogprobs | None
 
     def by_row(self, places: Places) -> Iterator[SampledRow]:
         """Row by row, in the order of the plan."""

@@ -6,6 +6,8 @@ from math import prod
 
 import torch
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True)
 class PoolShape:
@@ -30,10 +32,10 @@ class KVStorage:
     Blocks start as zeros, so that whatever a kernel reads beyond a sequence's end is finite.
     """
 
-    def __init__(self, shapes: Sequence[PoolShape], num_blocks: int) -> None:
+    def __init__(self, shapes: Sequence[PoolShape], num_blocks: int, device: torch.device = _CPU) -> None:
         self.num_blocks = num_blocks
         self._pools = {
-            shape.name: torch.zeros(shape.num_layers, num_blocks, *shape.block_shape, dtype=shape.dtype)
+            shape.name: torch.zeros(shape.num_layers, num_blocks, *shape.block_shape, dtype=shape.dtype, device=device)
             for shape in shapes
         }
 

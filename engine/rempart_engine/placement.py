@@ -1,14 +1,12 @@
 """Where tensors lie, and whose kernels compute them."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
+from rempart_engine.config import DeviceName
 from rempart_engine.kernels.target import INTERPRETED, target_of
 from rempart_engine.model.errors import ModelError
-
-DeviceName = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True)

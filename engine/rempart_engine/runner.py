@@ -1,30 +1,35 @@
 """Computes plans on one device: rows -> tensors -> model -> sampler -> result."""
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from rempart_engine.config import EngineConfig
 from rempart_engine.core.request import SamplingParams
-from rempart_engine.core.runner import DoneStep, LoadedModel
-from rempart_engine.core.step import NewRow, RowResult, ScheduledRow, StepPlan, StepResult, TokenLogprob
+from rempart_engine.core.runner import DoneStep, LoadedModel, Runner
+from rempart_engine.core.step import NewRow, ScheduledRow, StepPlan, StepResult, TokenLogprob
 from rempart_engine.drafter import Drafter
-from rempart_engine.inputs import RowTable, num_outputs
+from rempart_engine.inputs import RowTable
 from rempart_engine.kept import Kept
 from rempart_engine.kv_storage import KVStorage, block_bytes
 from rempart_engine.logprobs import prompt_logprobs
 from rempart_engine.model.errors import ModelError
 from rempart_engine.model.network import Network, load_network
 from rempart_engine.model.precision import precision_named
+from rempart_engine.model.weights.deepseek_folder import DeepseekFolder
 from rempart_engine.model.weights.source import open_weights
+from rempart_engine.placement import placement_named
 from rempart_engine.places import Places, sampling_places
-from rempart_engine.sampler import verify
+from rempart_engine.results import first_outputs, row_results, sampled_logits
+from rempart_engine.sampler import draft, verify
 from rempart_engine.sampling_rows import SamplingRows
 
-NOT_FINITE = "the model's logits for this request were not finite, or no token was allowed"
+_log = logging.getLogger(__name__)
+
+_DEFAULT_CACHE_BYTES = 1 << 30
 
 
 class ModelRunner:
@@ -39,7 +44,9 @@ class ModelRunner:
         eos_token_ids: tuple[int, ...],
     ) -> None:
         self._model = network.model
-        self._drafter = None if network.drafter is None else Drafter(network.drafter, storage, rows, sampling)
+        self._drafter = None
+        if network.drafter is not None:
+            self._drafter = Drafter(network.drafter, storage, rows, partial(draft, state=sampling))
         self._storage = storage
         self._rows = rows
         self._sampling = sampling
@@ -55,18 +62,19 @@ class ModelRunner:
         """Compute the plan; a row whose logits are not finite fails alone."""
         for new in plan.new_rows:
             self._start(new)
-        inputs = self._rows.inputs(plan)
+        arrays = self._rows.arrays(plan)
+        inputs = self._rows.inputs(arrays)
         hidden = self._model(inputs, self._storage)
         logits = self._model.logits(hidden[inputs.output_tokens])
         prompt_logprobs_of_row = self._prompt_logprobs(plan, logits)
         places = sampling_places(plan.rows)
-        kept = self._sample(_sampled_logits(plan, logits), places) if len(places.rows) else None
-        num_drafts = {} if self._drafter is None else self._drafter.propose(plan, inputs, hidden, places, kept)
-        return StepResult(plan.step, _row_results(plan, places, kept, prompt_logprobs_of_row, num_drafts))
+        kept = self._sample(sampled_logits(plan, logits), places) if len(places.rows) else None
+        num_drafts = {} if self._drafter is None else self._drafter.propose(plan, arrays, inputs, hidden, places, kept)
+        return StepResult(plan.step, row_results(plan, places, kept, prompt_logprobs_of_row, num_drafts))
 
     def _sample(self, logits: torch.Tensor, places: Places) -> Kept:
         """Tokens for all places; those that go on their sequences are written down."""
-        drafts = torch.from_numpy(self._rows.token_ids_at(places.rows, places.positions))
+        drafts = self._rows.token_ids_at(places.rows, places.positions)
         verified = verify(logits, places, drafts, self._sampling)
         is_kept = verified.is_kept.cpu().numpy()
         token_ids = verified.sampled.token_ids.cpu().numpy()
@@ -92,7 +100,7 @@ class ModelRunner:
         result: dict[int, tuple[TokenLogprob, ...]] = {}
         if not self._num_prompt_logprobs:
             return result
-        for row, first in zip(plan.rows, _first_outputs(plan.rows), strict=True):
+        for row, first in zip(plan.rows, first_outputs(plan.rows), strict=True):
             if row.wants_prompt_logprobs:
                 following = self._rows.token_ids(row.row, row.start + 1, row.start + row.num_new_tokens + 1)
                 wanted = logits[first : first + len(following)]
@@ -111,22 +119,21 @@ def load_runner(config: EngineConfig, on_progress: Callable[[float], None]) -> L
         ModelError: there is no such model, it is not one that can be served, or not even one KV block fits.
     """
     torch.set_num_threads(config.num_threads)
+    placement = placement_named(config.device)
     source = open_weights(config.model)
-    precision = precision_named(config.dtype)
+    is_fp8_checkpoint = isinstance(source, DeepseekFolder) and source.config.fp8 is not None
+    precision = precision_named(config.dtype, placement, is_fp8_checkpoint=is_fp8_checkpoint)
+    _log.info(str(placement), extra={"device": str(placement.device), "dtype": precision.name})
     max_model_len = min(config.max_model_len or source.config.max_model_len, source.config.max_model_len)
     network = load_network(source, config, precision, max_model_len, on_progress)
-    bytes_per_block = block_bytes(network.pools)
-    num_blocks = config.num_blocks or config.kv_cache_bytes // bytes_per_block
-    if num_blocks < 1:
-        raise ModelError(f"kv_cache_bytes={config.kv_cache_bytes} holds no KV block of {bytes_per_block} bytes")
-    runner = ModelRunner(
-        network,
-        KVStorage(network.pools, num_blocks),
-        RowTable(config.max_num_rows, max_model_len),
-        SamplingRows(config.max_num_rows, source.config.vocab_size),
-        source.config.eos_token_ids,
-    )
-    _warm_up(runner)
+    of_model = (source.config.vocab_size, source.config.eos_token_ids)
+    if placement.uses_triton:
+        from rempart_engine.gpu.loading import load_gpu_runner  # needs Triton, which CPU installs do without
+
+        runner: Runner
+        runner, num_blocks = load_gpu_runner(network, config, max_model_len, *of_model, placement.device)
+    else:
+        runner, num_blocks = _load_cpu_runner(network, config, max_model_len, *of_model)
     return LoadedModel(
         runner=runner,
         model_name=config.served_model_name or _name_of(config.model),
@@ -140,6 +147,25 @@ def load_runner(config: EngineConfig, on_progress: Callable[[float], None]) -> L
     )
 
 
+def _load_cpu_runner(
+    network: Network, config: EngineConfig, max_model_len: int, vocab_size: int, eos_token_ids: tuple[int, ...]
+) -> tuple[Runner, int]:
+    """A runner that is warm, and how many KV blocks it has."""
+    num_bytes, bytes_per_block = config.kv_cache_bytes or _DEFAULT_CACHE_BYTES, block_bytes(network.pools)
+    num_blocks = config.num_blocks or num_bytes // bytes_per_block
+    if num_blocks < 1:
+        raise ModelError(f"kv_cache_bytes={num_bytes} holds no KV block of {bytes_per_block} bytes")
+    runner = ModelRunner(
+        network,
+        KVStorage(network.pools, num_blocks),
+        RowTable(config.max_num_rows, max_model_len),
+        SamplingRows(config.max_num_rows, vocab_size),
+        eos_token_ids,
+    )
+    _warm_up(runner)
+    return runner, num_blocks
+
+
 def _name_of(model: Path) -> str:
     return model.stem if model.suffix == ".gguf" else model.resolve().name
 
@@ -150,44 +176,3 @@ def _warm_up(runner: ModelRunner) -> None:
     new = NewRow(0, (0, 0), 2, SamplingParams(temperature=0.0, max_tokens=1), 0, (0,))
     runner.execute(StepPlan(0, (new,), (ScheduledRow(0, 0, 2, (), samples=True),)))
     runner.release_rows((0,))
-
-
-def _first_outputs(rows: Sequence[ScheduledRow]) -> NDArray[np.int64]:
-    """Where each row's logits begin."""
-    counts = np.array([num_outputs(row) for row in rows], np.int64)
-    return np.cumsum(counts) - counts
-
-
-def _sampled_logits(plan: StepPlan, logits: torch.Tensor) -> torch.Tensor:
-    """Logits of the places where the plan samples, [P, V]."""
-    if not any(row.wants_prompt_logprobs for row in plan.rows):
-        return logits
-    wanted = [
-        np.arange(first + num_outputs(row) - row.num_draft_tokens - 1, first + num_outputs(row))
-        for row, first in zip(plan.rows, _first_outputs(plan.rows), strict=True)
-        if row.samples
-    ]
-    return logits[torch.from_numpy(np.concatenate(wanted))]
-
-
-def _row_results(
-    plan: StepPlan,
-    places: Places,
-    kept: Kept | None,
-    prompt_logprobs_of_row: dict[int, tuple[TokenLogprob, ...]],
-    num_drafts: Mapping[int, int],
-) -> tuple[RowResult, ...]:
-    samples = iter(()) if kept is None else kept.by_row(places)
-    results = []
-    for row in plan.rows:
-        prompt = prompt_logprobs_of_row.get(row.row, ())
-        if not row.samples:
-            results.append(RowResult(row.row, prompt_logprobs=prompt))
-            continue
-        is_bad, token_ids, logprobs = next(samples)
-        if is_bad:
-            results.append(RowResult(row.row, error=NOT_FINITE))
-        else:
-            drafts = num_drafts.get(row.row, 0)
-            results.append(RowResult(row.row, token_ids, logprobs, prompt, num_proposed_drafts=drafts))
-    return tuple(results)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from rempart_engine.candidates import Filters, at_least, count_thresholds, draw
+from rempart_engine.host_copies import to_device
 from rempart_engine.logprobs import RowLogprobs, row_logprobs
 from rempart_engine.nucleus import first_exceeding, keep_nucleus
 from rempart_engine.philox import uniforms
@@ -74,14 +75,23 @@ def verify(
     """
     assert state.may_repeat(places.rows[~places.is_only]), "drafts for rows that sample one token at a time"
     sampled = sample(logits, places.rows, places.positions, state)
-    device = logits.device
-    row_of_place = torch.from_numpy(places.row_numbers).to(device)
-    is_first = torch.from_numpy(places.is_first).to(device)
-    is_last = torch.from_numpy(places.is_last).to(device)
-    ends = (sampled.token_ids != draft_token_ids) | sampled.is_bad | is_last
+    is_kept, is_bad = accepted(sampled.token_ids, sampled.is_bad, places, draft_token_ids)
+    return Verified(sampled, is_kept, is_bad)
+
+
+def accepted(
+    token_ids: torch.Tensor,  # [P] int64, chosen
+    is_bad: torch.Tensor,  # [P] bool: no token can be chosen
+    places: Places,
+    draft_token_ids: torch.Tensor,  # [P] int64
+) -> tuple[torch.Tensor, torch.Tensor]:  # [P] bool, [R] bool
+    """Which tokens are kept, and which rows keep none because not even their first can be chosen."""
+    columns = (places.row_numbers, np.flatnonzero(places.is_first), places.is_last)
+    row_of_place, first_places, is_last = (to_device(column, token_ids.device) for column in columns)
+    ends = (token_ids != draft_token_ids) | is_bad | is_last
     num_ends_before = ends.cumsum(0) - ends.long()  # among the places of all rows, each of which ends once at least
-    is_reached = num_ends_before == num_ends_before[is_first][row_of_place]
-    return Verified(sampled, is_reached & ~sampled.is_bad, sampled.is_bad[is_first])
+    is_reached = num_ends_before == num_ends_before[first_places][row_of_place]
+    return is_reached & ~is_bad, is_bad[first_places]
 
 
 def draft(

@@ -86,7 +86,8 @@ def test_what_is_loaded_computes_the_numbers_of_the_checkpoint(
     token_ids = [(7 * position + 3) % config.vocab_size for position in range(50)]
     rows = RowTable(1, 64)
     rows.start(NewRow(0, tuple(token_ids), len(token_ids), SamplingParams(), 0, (0,)))
-    step = rows.inputs(StepPlan(0, (), (ScheduledRow(0, 0, len(token_ids), (), samples=True),)))
+    plan = StepPlan(0, (), (ScheduledRow(0, 0, len(token_ids), (), samples=True),))
+    step = rows.inputs(rows.arrays(plan))
     with torch.inference_mode():
         hidden = model(step, KVStorage(kv_pools(config, 0, torch.float32), 1))
         expected = oracle(tmp_path)(torch.tensor([token_ids])).logits[0]

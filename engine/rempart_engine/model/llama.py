@@ -87,7 +87,7 @@ class Llama(nn.Module):
 
     def forward(self, step: StepInputs, storage: KVStorage) -> torch.Tensor:  # [T, W]
         delta = nn.functional.embedding(step.token_ids, self.embedding)
-        residual = torch.zeros(delta.shape)
+        residual = delta.new_zeros(delta.shape, dtype=torch.float32)
         for index, layer in enumerate(self.layers):
             pools = storage.layer(_KEYS, index), storage.layer(_VALUES, index)
             delta = layer(residual, delta, (self.cos, self.sin), pools, step)

@@ -37,6 +37,7 @@ def load_llama(
         else:
             outside[name] = tensor
         on_progress(count / source.num_tensors)
-    return Llama(
+    model = Llama(
         config, [layers[index] for index in range(config.num_layers)], outside, precision.make_linear, max_model_len
     )
+    return model.to(precision.placement.device)

@@ -75,6 +75,8 @@ def _llama(
     for name, setting in (("dtype", config.dtype), ("kv_cache_dtype", config.kv_cache_dtype)):
         if setting == "fp8":
             raise ModelError(f"{name} fp8 is for fp8 checkpoints of DeepSeek models, this is a {source.architecture}")
+    if precision.experts is not None:
+        raise ModelError(f"dtype {precision.experts} is for routed experts on a GPU, this is a {source.architecture}")
     model = load_llama(source, precision, max_model_len, on_progress)
     return Network(model, None, llama.kv_pools(source.config, precision.dtype))
 
@@ -88,6 +90,8 @@ def _deepseek(
 ) -> Network:
     if precision.keeps_fp8 and source.config.fp8 is None:
         raise ModelError(f"dtype fp8 is for fp8 checkpoints, and no weight of {config.model} is in fp8")
+    if precision.placement.uses_triton and config.expand_prefill_from is not None:
+        raise ModelError("expand_prefill_from is for CPUs")
     model = load_deepseek(
         source,
         precision,
@@ -98,6 +102,7 @@ def _deepseek(
     )
     cache_dtype: CacheDtype = "fp8" if config.kv_cache_dtype == "fp8" else precision.dtype
     pools = kv_pools(source.config, int(model.mtp is not None), cache_dtype)
-    with torch.inference_mode():
-        model.compile_selection(KVStorage(pools, 1))
+    if not precision.placement.uses_triton:
+        with torch.inference_mode():
+            model.compile_selection(KVStorage(pools, 1))
     return Network(model, None if model.mtp is None else model, pools)

@@ -7,10 +7,10 @@ from torch import nn
 
 from rempart_engine.inputs import StepInputs
 from rempart_engine.kernels.latent_attention import latent_attention
-from rempart_engine.kernels.latent_cache import store_latents
 from rempart_engine.kernels.rms_norm import rms_norm
-from rempart_engine.kernels.rope import Angles, rotate, rotate_in_place
+from rempart_engine.kernels.rope import Angles, rotate_in_place
 from rempart_engine.kernels.select_tokens import Selection
+from rempart_engine.kernels.store_latent_kv import store_latent_kv
 from rempart_engine.model.deepseek.config import DeepseekConfig
 from rempart_engine.model.deepseek.expanded import ExpandedAttention, only, whole_pieces
 from rempart_engine.model.deepseek.indexer import Indexer
@@ -72,12 +72,9 @@ class LatentAttention(nn.Module):
         query_latents = rms_norm(self.q_a(x), self.q_norm, _LATENT_NORM_EPS)
         queries = self.q_b(query_latents).view(len(x), shape.num_heads, -1)
         rotate_in_place(queries[..., shape.qk_nope_head_dim :], angles, "interleaved")
-        latents, rope_keys = self.kv_a(x).split((shape.kv_lora_rank, shape.qk_rope_head_dim), dim=-1)
-        latents = rms_norm(latents.contiguous(), self.kv_norm, _LATENT_NORM_EPS)
-        rope_keys = rotate(rope_keys[:, None], angles, "interleaved")[:, 0]
-        store_latents(latents, rope_keys, step.slots, latent_pool)
+        keys = None if self.indexer is None else self.indexer.keys(x)
+        store_latent_kv(self.kv_a(x), self.kv_norm, _LATENT_NORM_EPS, angles, step.slots, latent_pool, keys, index_pool)
         if self.indexer is not None:
-            assert index_pool is not None, "a layer with an indexer has index keys"
             selection = self.indexer(x, query_latents, angles, index_pool, step)
         assert selection is not None, "the first layer has an indexer"
         return self.o(self._attend(queries, latent_pool, step, selection).flatten(1)), selection

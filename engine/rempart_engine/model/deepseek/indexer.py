@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from rempart_engine.inputs import StepInputs
-from rempart_engine.kernels.index_cache import store_index_keys
 from rempart_engine.kernels.rope import Angles, rotate
 from rempart_engine.kernels.select_tokens import Selection, select_tokens
+from rempart_engine.kernels.store_latent_kv import IndexKeys
 from rempart_engine.model.deepseek.config import DeepseekConfig
 from rempart_engine.model.deepseek.parts import Parts
 from rempart_engine.model.weights.weight import Weight
@@ -44,6 +44,10 @@ class Indexer(nn.Module):
         self.register_buffer("norm_weight", tensors["k_norm.weight"].dequantized(torch.float32))
         self.register_buffer("norm_bias", tensors["k_norm.bias"].dequantized(torch.float32))
 
+    def keys(self, x: torch.Tensor) -> IndexKeys:
+        """What the layer caches of its input [T, W], to be stored before tokens are chosen."""
+        return IndexKeys(self.k(x), self.norm_weight, self.norm_bias, _LAYER_NORM_EPS, self._shape.rope)
+
     def forward(
         self,
         x: torch.Tensor,  # [T, W]
@@ -53,8 +57,6 @@ class Indexer(nn.Module):
         step: StepInputs,
     ) -> Selection:
         layout, num_heads, dim = self._shape.rope, self._shape.num_heads, self._shape.head_dim
-        keys = nn.functional.layer_norm(self.k(x).float(), (dim,), self.norm_weight, self.norm_bias, _LAYER_NORM_EPS)
-        store_index_keys(rotate(keys[:, None], angles, layout)[:, 0], step.slots, pool)
         if step.max_context <= self._shape.top_k:
             return Selection.of_everything(step)
         queries = rotate(self.q(query_latents).view(-1, num_heads, dim), angles, layout)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from rempart_engine.model.deepseek.config import DeepseekConfig
 from rempart_engine.model.deepseek.cpu_parts import CpuParts
+from rempart_engine.model.deepseek.gpu_parts import GpuParts
 from rempart_engine.model.deepseek.layer import DeepseekLayer
 from rempart_engine.model.deepseek.model import Deepseek
 from rempart_engine.model.deepseek.mtp import MTP
@@ -57,7 +58,7 @@ def load_deepseek(
 
 
 def _parts_of(precision: Precision) -> Parts:
-    return CpuParts(precision)
+    return GpuParts(precision) if precision.placement.uses_triton else CpuParts(precision)
 
 
 def _layer(

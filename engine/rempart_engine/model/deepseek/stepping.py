@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
-from rempart_engine.config import BLOCK_SIZE
+from rempart_engine.config import BLOCK_SIZE, DeviceName
 from rempart_engine.core.request import SamplingParams
 from rempart_engine.core.step import NewRow, ScheduledRow, StepPlan
+from rempart_engine.gpu.rows import DeviceRows
 from rempart_engine.inputs import RowTable, StepInputs
 from rempart_engine.kernels.select_tokens import Selection
 from rempart_engine.kv_storage import KVStorage
@@ -17,6 +18,7 @@ from rempart_engine.model.deepseek.loading import load_deepseek
 from rempart_engine.model.deepseek.model import Deepseek
 from rempart_engine.model.precision import precision_named
 from rempart_engine.model.weights.deepseek_folder import DeepseekFolder
+from rempart_engine.placement import placement_named
 
 Chosen = dict[int, list[torch.Tensor]]
 """By row, of each indexer: which positions [S, S] bool each position's attention sees."""
@@ -33,6 +35,7 @@ class Stepper:
         cache_dtype: CacheDtype | None = None,
         num_rows: int = 4,
         max_model_len: int = 1024,
+        device: DeviceName = "cpu",
     ) -> None:
         """
         Args:
@@ -40,16 +43,21 @@ class Stepper:
             cache_dtype: of the pools; by default the precision's.
             max_model_len: of each row; the pools have room for so many tokens in all rows.
         """
-        source, numbers = DeepseekFolder(folder), precision_named(precision)
+        source, placement = DeepseekFolder(folder), placement_named(device)
+        numbers = precision_named(precision, placement)
         self.model: Deepseek = load_deepseek(source, numbers, max_model_len, lambda fraction: None)
         self._blocks_per_row = -(-max_model_len // BLOCK_SIZE)
         pools = kv_pools(source.config, int(self.model.mtp is not None), cache_dtype or numbers.dtype)
-        self.storage = KVStorage(pools, num_rows * self._blocks_per_row)
+        self.storage = KVStorage(pools, num_rows * self._blocks_per_row, placement.device)
         self.hidden = torch.empty(0)
         """[T, W] of the last step."""
         self.chosen: Chosen = {}
         """Since the rows were started."""
-        self._rows = RowTable(num_rows, max_model_len)
+        self._rows: RowTable | DeviceRows
+        if placement.uses_triton:
+            self._rows = DeviceRows(num_rows, max_model_len, placement.device)
+        else:
+            self._rows = RowTable(num_rows, max_model_len)
         self._ends: dict[int, int] = {}
         self._numbers: list[int] = []
         self._indexers = [module for module in self.model.layers.modules() if isinstance(module, Indexer)]
@@ -76,14 +84,14 @@ class Stepper:
         self.hidden = self.model(inputs, self.storage)
         for row, count in counts.items():
             self._ends[row] += count
-        logits = torch.split(self.model.logits(self.hidden), list(counts.values()))
+        logits = torch.split(self.model.logits(self.hidden).cpu(), list(counts.values()))
         return dict(zip(counts, logits, strict=True))
 
     def inputs(self, counts: Mapping[int, int]) -> StepInputs:
         """Tensors of the step that computes so many more tokens of these rows."""
         rows = tuple(ScheduledRow(row, self._ends[row], count, (), samples=False) for row, count in counts.items())
         self._numbers = list(counts)
-        return self._rows.inputs(StepPlan(0, (), rows))
+        return self._rows.inputs(self._rows.arrays(StepPlan(0, (), rows)))
 
     def run(self, row: int, token_ids: Sequence[int], pieces: Sequence[int]) -> torch.Tensor:
         """Logits [T, V] of a sequence by itself, computed in pieces."""
@@ -96,5 +104,5 @@ class Stepper:
         step = next(arg for arg in args if isinstance(arg, StepInputs))
         places = zip(step.token_rows.tolist(), step.positions.tolist(), selection.counts.tolist(), strict=True)
         for token, (sequence, position, count) in enumerate(places):
-            chosen = slice(count) if count > position else selection.positions[token, :count].long()
+            chosen = slice(count) if count > position else selection.positions[token, :count].long().cpu()
             self.chosen[self._numbers[sequence]][number][position, chosen] = True
