@@ -149,7 +149,7 @@ def _store_index_key(
     else:
         PAGE: tl.constexpr = _BLOCK_SIZE * (DIM + 4)
         block, offset = slot // _BLOCK_SIZE, slot % _BLOCK_SIZE
-        largest = tl.max(tl.where(is_inside, _sizes(key), 0.0))
+        largest = tl.max(_sizes(key))  # beyond the key are zeros
         scale = power_of_two_scale(tl.div_rn(tl.maximum(largest, _LEAST_AMAX), _LARGEST))
         tl.store(pool_ptr + block * PAGE + offset * DIM + dim, _quantized(key, scale), mask=is_inside)
         tl.store(scales_ptr + (block * PAGE + _BLOCK_SIZE * DIM) // 4 + offset, scale)
