@@ -13,6 +13,7 @@ from rempart_engine.kernels.cpu_tiles import TILE_COLUMNS, has_bfloat16_dot
 from rempart_engine.kernels.index_cache import fp8_pages, quantize_heads
 from rempart_engine.kernels.packing import columns_of_heads
 from rempart_engine.kernels.select_tokens.cpu import positions_from, scores_kernel, thresholds_of
+from rempart_engine.kernels.target import runs_triton
 
 Tokens = np.ndarray[tuple[int], np.dtype[np.integer[Any]]]
 
@@ -27,7 +28,7 @@ class Selection:
     @classmethod
     def of_everything(cls, step: StepInputs) -> "Selection":
         """Plain causal attention."""
-        return cls(torch.empty(len(step.positions), 0, dtype=torch.int32), step.positions + 1)
+        return cls(step.positions.new_empty(len(step.positions), 0), step.positions + 1)
 
 
 def select_tokens(
@@ -47,6 +48,10 @@ def select_tokens(
         ValueError: shapes or types do not fit together.
     """
     _check(queries, weights, pool)
+    if runs_triton(queries):
+        from rempart_engine.kernels.select_tokens.kernel import select_on_gpu
+
+        return select_on_gpu(queries, weights, pool, step, top_k, score_bytes)
     lengths = step.positions.numpy() + 1
     selection = Selection(
         torch.empty(len(lengths), top_k if lengths.max() > top_k else 0, dtype=torch.int32),
