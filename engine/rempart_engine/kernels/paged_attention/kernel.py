@@ -162,15 +162,18 @@ def config_for(target: Target, dtype: torch.dtype, dim: int, group: int, tile_to
     """Tile sizes for heads of `dim`, `group` query heads per KV head and at most `tile_tokens` tokens in a tile."""
     tile_rows = tile_tokens * group
     padded_dim = _padded(dim)
-    # float32 has no tensor cores here: its products are multiply-adds, whose operands all sit in registers.
+    # The most results that stay in registers: 64 of each of 4 warps' threads, as scores, weights and addresses need as
+    # many again; 8 warps where products are asynchronous, as mma.sync has its operands in registers too. float32 has no
+    # tensor cores here: its products are multiply-adds, which need still more.
+    can_be_asynchronous = target.capability >= 90
     is_float32 = dtype == torch.float32
-    most_rows = 16 if is_float32 else 128 if padded_dim <= 128 else 64
-    rows = min(_padded(tile_rows), most_rows)
-    # 64 x 128 results are 64 registers of each thread of 4 warps; scores, weights and addresses need as many again.
-    num_warps = 8 if is_float32 or rows * padded_dim > 64 * 128 else 4
+    most_results = 16 * 128 if is_float32 else (128 if can_be_asynchronous else 64) * 128
+    width = max(padded_dim, 128)  # scores count as well: 64, and as many weights
+    rows = min(_padded(tile_rows), max(16, most_results // width))
+    num_warps = 8 if is_float32 or rows * width > 64 * 128 else 4
     # Three stages if two programs of a multiprocessor still fit. The asynchronous products of sm_90 and later hold all
     # of them, and take weights from registers; mma.sync holds two, and weights change threads through shared memory.
-    is_asynchronous = target.capability >= 90 and rows >= 64
+    is_asynchronous = can_be_asynchronous and rows >= 64
     held = (rows + 2 * BLOCK_SIZE * (3 if is_asynchronous else 2)) * padded_dim
     bytes_held = (held if is_asynchronous else held + rows * BLOCK_SIZE) * dtype.itemsize
     num_stages = 3 if 2 * bytes_held <= target.shared_bytes else 2
