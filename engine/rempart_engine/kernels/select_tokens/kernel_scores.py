@@ -158,7 +158,10 @@ def _load_query(
 
 @triton.jit
 def _scores(keys, scale, query, weight, IS_E4M3: tl.constexpr):
-    """Scores [keys] of one token: heads are columns, so that each sum is within a few lanes, in one order always."""
+    """Scores [keys] of one token: heads are columns, so that each sum is within a few lanes, in one order always.
+
+    Products of e4m3 stay in the tensor cores for all of D, with the digits that those keep (sm_90: about 13 bits).
+    """
     nothing = tl.zeros([keys.shape[0], query.shape[0]], tl.float32)
     products = fp8_dot(keys, tl.trans(query), nothing) if IS_E4M3 else dot(keys, tl.trans(query), nothing)
     return tl.sum(tl.maximum(products, 0.0) * weight[None, :], 1) * scale
