@@ -4,8 +4,8 @@ A row is cut into chunks that one program holds in registers. Each round leaves 
 ascending positions, until one chunk holds all that is left: what is among a row's largest is among its chunk's largest.
 Inside a chunk the K-th largest score is found six bits at a time, by counting; equal scores keep the earliest.
 
-A score costs a warp's 32 lanes about 25 instructions for six bits, and differs from its neighbours after 24 or so. So 64
-rows of 131,072, which are 512 programs and then 64, take an H100 some 70 us by reckoning; a single row takes 30.
+Six bits of 32 scores are about 25 instructions of a warp, and 24 bits or so tell scores apart. So 64 rows of 131,072,
+which are 512 programs and then 64, should take an H100 some 70 us, and a single row 30.
 """
 
 from collections.abc import Iterator
