@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from rempart_engine.core.request import InvalidRequestError
 from rempart_engine.core.step import NewRow
+from rempart_engine.host_copies import to_device
+from rempart_engine.kernels.sample import Draws
 from rempart_engine.seen_tokens import RowLists, SeenTokens
 
 Rows = NDArray[np.int64]
@@ -19,10 +21,10 @@ class SamplingRows:
     """Sampling parameters of all rows, as columns indexed by row number.
 
     Rows enter with `add`, get their sampled tokens with `append`, leave with `remove`. Columns live on the host, where
-    they decide which work a step needs at all; token ids and counts live on the device.
+    they decide which work a step needs at all; token ids and counts live on the device. Nothing here waits for it.
     """
 
-    def __init__(self, max_num_rows: int, vocab_size: int, device: str = "cpu") -> None:
+    def __init__(self, max_num_rows: int, vocab_size: int, device: torch.device | str = "cpu") -> None:
         self._max_num_rows, self._vocab_size, self._device = max_num_rows, vocab_size, device
         self.is_greedy = np.ones(max_num_rows, np.bool_)
         self.temperature = np.ones(max_num_rows, np.float32)
@@ -40,6 +42,7 @@ class SamplingRows:
         self._has_bias = np.zeros(max_num_rows, np.bool_)
         self._has_allowed = np.zeros(max_num_rows, np.bool_)
         self._min_tokens = np.zeros(max_num_rows, np.int64)
+        self._num_prompt_tokens = np.zeros(max_num_rows, np.int64)
         self._num_output = np.zeros(max_num_rows, np.int64)
         self._bias_ids = RowLists(max_num_rows, torch.int64, device)
         self._bias = RowLists(max_num_rows, torch.float32, device)
@@ -67,6 +70,7 @@ class SamplingRows:
         self.choice[row] = new.choice
         self.wants_logprobs[row] = sampling.logprobs is not None
         self.num_top_logprobs[row] = min(sampling.logprobs or 0, self._vocab_size)
+        self._num_prompt_tokens[row] = new.num_prompt_tokens
         self._num_output[row] = len(new.token_ids) - new.num_prompt_tokens
         self._min_tokens[row] = sampling.min_tokens if endings else 0
         self._ending_ids.write(row, endings)
@@ -77,13 +81,19 @@ class SamplingRows:
         self._allowed_ids.write(row, sampling.allowed_token_ids)
         self._start_penalties(row, new)
 
-    def append(self, rows: Rows, token_ids: NDArray[np.int64] | torch.Tensor) -> None:
-        """Sampled tokens and their rows, both [R]; a row that came several times in `may_repeat` may do so here."""
+    def append(
+        self, rows: Rows, token_ids: NDArray[np.int64] | torch.Tensor, is_kept: torch.Tensor | None = None
+    ) -> None:
+        """Sampled tokens and their rows, both [R]; a row that came several times in `may_repeat` may do so here.
+
+        `is_kept` bool [R] on the device: penalties count these tokens only; None: all of them.
+        """
         np.add.at(self._num_output, rows, 1)
-        penalised = self._has_penalties[rows]
-        if self._seen is not None and penalised.any():
+        penalised = np.flatnonzero(self._has_penalties[rows])
+        if self._seen is not None and len(penalised):
             ids = torch.as_tensor(token_ids, dtype=torch.int64, device=self._device)
-            self._seen.append(rows[penalised], ids[torch.from_numpy(penalised).to(self._device)])
+            index = to_device(penalised, self._device)
+            self._seen.append(rows[penalised], ids[index], None if is_kept is None else is_kept[index])
 
     def remove(self, row: int) -> None:
         """The row is free; nothing of its sequence stays in force."""
@@ -100,27 +110,44 @@ class SamplingRows:
         Bias and allowed ids edit all logits of a row alike. Penalties depend on each token before, and `min_tokens` on
         how many there are: what these rows keep is right for the next token only.
         """
-        return not (self._has_penalties[rows] | self._must_go_on(rows)).any()
+        return not (self._has_penalties[rows] | self._must_go_on(rows, None)).any()
 
-    def edits(self, rows: Rows) -> bool:
+    def edits(self, rows: Rows, positions: NDArray[np.int64] | None = None) -> bool:
         """Whether `edit` would change anything."""
         flags = (self._has_bias, self._has_allowed, self._has_penalties)
-        return any(bool(flag[rows].any()) for flag in flags) or bool(self._must_go_on(rows).any())
+        return any(bool(flag[rows].any()) for flag in flags) or bool(self._must_go_on(rows, positions).any())
 
-    def edit(self, logits: torch.Tensor, rows: Rows) -> None:
-        """Apply bias, allowed ids, min_tokens and penalties, in this order and in place; logits float32 [R, V]."""
+    def edit(self, logits: torch.Tensor, rows: Rows, positions: NDArray[np.int64] | None = None) -> None:
+        """Apply bias, allowed ids, min_tokens and penalties, in this order and in place; logits float32 [R, V].
+
+        `positions` [R] are those of the tokens to be sampled; None: each row's next, after what was appended.
+        """
         for flags, apply in (
             (self._has_bias[rows], self._add_bias),
             (self._has_allowed[rows], self._keep_allowed),
-            (self._must_go_on(rows), self._forbid_endings),
+            (self._must_go_on(rows, positions), self._forbid_endings),
             (self._has_penalties[rows], self._penalise),
         ):
             chosen = np.flatnonzero(flags)
             if len(chosen):
-                apply(logits, torch.from_numpy(chosen).to(self._device), rows[chosen])
+                apply(logits, to_device(chosen, self._device), rows[chosen])
 
-    def _must_go_on(self, rows: Rows) -> NDArray[np.bool_]:
-        return self._num_output[rows] < self._min_tokens[rows]
+    def draws(self, rows: Rows, positions: NDArray[np.int64]) -> Draws:
+        """How tokens are chosen once logits are edited, for rows and positions [P]."""
+        return Draws(
+            is_greedy=self.is_greedy[rows],
+            temperature=self.temperature[rows],
+            top_k=self.top_k[rows],
+            top_p=self.top_p[rows],
+            min_p=self.min_p[rows],
+            seed=self.seed[rows],
+            choice=self.choice[rows],
+            positions=positions,
+        )
+
+    def _must_go_on(self, rows: Rows, positions: NDArray[np.int64] | None) -> NDArray[np.bool_]:
+        num_output = self._num_output[rows] if positions is None else positions - self._num_prompt_tokens[rows]
+        return num_output < self._min_tokens[rows]
 
     def _add_bias(self, logits: torch.Tensor, index: torch.Tensor, rows: Rows) -> None:
         at = (index[:, None], self._bias_ids.gather(rows))
@@ -138,7 +165,7 @@ class SamplingRows:
     def _penalise(self, logits: torch.Tensor, index: torch.Tensor, rows: Rows) -> None:
         assert self._seen is not None
         columns = (self._repetition[rows], self._presence[rows], self._frequency[rows])
-        repetition, presence, frequency = (torch.from_numpy(c).to(self._device)[:, None] for c in columns)
+        repetition, presence, frequency = (to_device(c, self._device)[:, None] for c in columns)
         self._seen.penalise(logits, index, rows, repetition, presence, frequency)
 
     def _start_penalties(self, row: int, new: NewRow) -> None:

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rempart_engine.host_copies import to_device
+
 
 class RowLists:
     """A list per row in one tensor [rows, width], so that one gather reads those of a whole batch.
@@ -13,7 +15,7 @@ class RowLists:
     A shorter list goes on with its last entry: whoever scatters by such lists writes the same value once more.
     """
 
-    def __init__(self, max_num_rows: int, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, max_num_rows: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self._entries = torch.zeros((max_num_rows, 0), dtype=dtype, device=device)
         self._lengths = np.zeros(max_num_rows, np.int64)
 
@@ -23,7 +25,8 @@ class RowLists:
         if not entries:
             return
         self._widen(len(entries))
-        self._entries[row, : len(entries)] = torch.tensor(entries, dtype=self._entries.dtype)
+        values = torch.tensor(entries, dtype=self._entries.dtype)
+        self._entries[row, : len(entries)] = to_device(values, self._entries.device)
         self._entries[row, len(entries) :] = entries[-1]
 
     def append(self, rows: NDArray[np.int64], entries: torch.Tensor) -> None:
@@ -31,13 +34,13 @@ class RowLists:
         columns = self._lengths[rows]
         self._widen(int(columns.max()) + 1)
         device = self._entries.device
-        self._entries[torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)] = entries
+        self._entries[to_device(rows, device), to_device(columns, device)] = entries
         self._lengths[rows] += 1
 
     def gather(self, rows: NDArray[np.int64]) -> torch.Tensor:
         """Lists of the rows, as wide as the longest of them: [R, width]."""
         width = int(self._lengths[rows].max())
-        return self._entries[torch.from_numpy(rows).to(self._entries.device), :width]
+        return self._entries[to_device(rows, self._entries.device), :width]
 
     def _widen(self, width: int) -> None:
         have = self._entries.shape[1]
@@ -51,7 +54,7 @@ class RowLists:
 class SeenTokens:
     """Counts of a row's tokens. Penalties touch only the tokens that a sequence has had, not the whole vocabulary."""
 
-    def __init__(self, max_num_rows: int, vocab_size: int, device: str) -> None:
+    def __init__(self, max_num_rows: int, vocab_size: int, device: torch.device | str) -> None:
         self._in_prompt = torch.zeros((max_num_rows, vocab_size), dtype=torch.bool, device=device)
         self._num_output = torch.zeros((max_num_rows, vocab_size), dtype=torch.int32, device=device)
         # Every token seen, some twice. An entry that was not seen does no harm: its penalty is none.
@@ -63,16 +66,15 @@ class SeenTokens:
         outputs, counts = np.unique(tokens[num_prompt_tokens:], return_counts=True)
         device = self._in_prompt.device
         self._in_prompt[row] = False
-        self._in_prompt[row, torch.from_numpy(tokens[:num_prompt_tokens]).to(device)] = True
+        self._in_prompt[row, to_device(tokens[:num_prompt_tokens], device)] = True
         self._num_output[row] = 0
-        self._num_output[row, torch.from_numpy(outputs).to(device)] = torch.from_numpy(counts.astype(np.int32)).to(
-            device
-        )
+        self._num_output[row, to_device(outputs, device)] = to_device(counts.astype(np.int32), device)
         self._ids.write(row, np.unique(tokens).tolist())
 
-    def append(self, rows: NDArray[np.int64], token_ids: torch.Tensor) -> None:
-        """One output token [R] for each of the rows; no row twice."""
-        self._num_output[torch.from_numpy(rows).to(token_ids.device), token_ids] += 1
+    def append(self, rows: NDArray[np.int64], token_ids: torch.Tensor, is_kept: torch.Tensor | None = None) -> None:
+        """One output token [R] for each of the rows, as far as it is kept [R]; no row twice."""
+        more = 1 if is_kept is None else is_kept.to(torch.int32)
+        self._num_output[to_device(rows, token_ids.device), token_ids] += more
         self._ids.append(rows, token_ids)
 
     def penalise(
@@ -85,7 +87,7 @@ class SeenTokens:
         frequency: torch.Tensor,  # [P, 1]
     ) -> None:
         ids = self._ids.gather(rows)  # [P, W]
-        device_rows = torch.from_numpy(rows).to(ids.device)[:, None]
+        device_rows = to_device(rows, ids.device)[:, None]
         num_output = self._num_output[device_rows, ids]
         is_output = num_output > 0
         at = (index[:, None], ids)
