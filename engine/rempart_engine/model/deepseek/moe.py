@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from rempart_engine.kernels.sigmoid import sigmoid
+from rempart_engine.kernels.route_tokens import route_tokens
 from rempart_engine.kernels.silu_mul import silu_mul
 from rempart_engine.model.deepseek.config import MoEConfig
 from rempart_engine.model.deepseek.parts import Parts
@@ -42,17 +42,15 @@ class Router(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [T, W] -> [T, k] int64 and float32
         """Ids of each token's experts, ascending, and their weights. The bias chooses, and never weighs."""
         config = self._config
-        scores = sigmoid(self.gate(x))
-        ranked = (scores + self.bias).view(len(x), config.num_groups, -1)
-        group_scores = ranked.topk(min(2, ranked.shape[2]), dim=-1).values.sum(-1)
-        chosen_groups = group_scores.topk(config.num_chosen_groups, dim=-1).indices
-        is_hidden = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, chosen_groups, False)
-        ranked = ranked.masked_fill(is_hidden[..., None], -torch.inf).flatten(1)
-        experts = ranked.topk(config.num_experts_per_token, dim=-1).indices.sort(dim=-1).values
-        weights = scores.gather(1, experts)
-        if config.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return experts, weights * config.routed_scaling_factor
+        return route_tokens(
+            self.gate(x),
+            self.bias,
+            num_groups=config.num_groups,
+            num_chosen_groups=config.num_chosen_groups,
+            num_experts_per_token=config.num_experts_per_token,
+            norm_topk_prob=config.norm_topk_prob,
+            routed_scaling_factor=config.routed_scaling_factor,
+        )
 
 
 class SeparateExperts(nn.Module):
