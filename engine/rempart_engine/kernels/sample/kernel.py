@@ -40,6 +40,9 @@ _NUM_PARAMETERS = tl.constexpr(8)  # of a row, in this order
 _KIND, _SCALE, _MIN_P, _TOP_K = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 _TOP_P, _SEED, _CHOICE, _POSITION = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
 
+_CHUNK_WARPS = 4  # 16 tokens a thread
+_ROW_WARPS = 16  # one program has a multiprocessor nearly for itself
+
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
@@ -398,10 +401,6 @@ def _packed(draws: Draws) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
     columns[:, _CHOICE.value] = draws.choice
     columns[:, _POSITION.value] = draws.positions
     return columns
-
-
-_CHUNK_WARPS = 4  # 16 tokens a thread
-_ROW_WARPS = 16
 
 
 def builds(target: Target) -> Iterator[Build]:
