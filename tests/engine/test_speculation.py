@@ -1,6 +1,7 @@
 """What the scheduler does with drafts: several tokens a step, the same tokens, at nobody else's cost."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -330,14 +331,23 @@ def test_with_drafts_in_flight_a_sequence_waits_for_its_commit() -> None:
     assert only_row(scheduler).start == 6
 
 
-def test_without_drafts_in_flight_it_goes_on_and_what_was_proposed_meanwhile_is_void() -> None:
-    scheduler = started(with_drafts(make_config(), 2), make_request(prompt=5, sampling=sampling(9)))
-    first, second = next_plan(scheduler), next_plan(scheduler)
-    assert (second.rows[0].start, second.rows[0].num_draft_tokens) == (5, 0)
-    bring(scheduler, first, RowResult(0, (1,), num_proposed_drafts=2))
-    bring(scheduler, second, RowResult(0, (2,), num_proposed_drafts=1))
-    third = only_row(scheduler)
-    assert (third.start, third.num_new_tokens, third.num_draft_tokens) == (6, 2, 1)
+def test_a_sequence_waits_for_the_drafts_that_a_step_in_flight_may_propose() -> None:
+    scheduler = started(with_drafts(make_config(max_step_tokens=4), 2), make_request(prompt=6, sampling=sampling(9)))
+    part, rest = next_plan(scheduler), next_plan(scheduler)
+    assert (part.rows[0].max_drafts, rest.rows[0].max_drafts) == (0, 2), "a prompt in parts waits for nothing"
+    assert scheduler.schedule() is None
+    bring(scheduler, part, RowResult(0))
+    assert scheduler.schedule() is None
+    bring(scheduler, rest, RowResult(0, (1,), num_proposed_drafts=2))
+    row = only_row(scheduler)
+    assert (row.start, row.num_new_tokens, row.num_draft_tokens) == (6, 3, 2)
+
+
+def test_a_sequence_that_can_have_no_drafts_goes_on_from_a_placeholder() -> None:
+    penalised = replace(sampling(9), presence_penalty=1.0)
+    scheduler = started(with_drafts(make_config(), 2), make_request(prompt=5, sampling=penalised))
+    next_plan(scheduler)
+    assert only_row(scheduler).start == 5
 
 
 def test_an_abort_with_drafts_in_flight_gives_everything_back_when_they_land() -> None:

@@ -42,7 +42,7 @@ class PlanDraft:
         assert sequence.row is not None, "a running sequence has a row"
         start = sequence.num_scheduled_tokens
         wants_prompt_logprobs = sequence.wants_prompt_logprobs and start < sequence.num_prompt_tokens - 1
-        samples = sequence.schedule(num_new_tokens, self._step, num_drafts)
+        samples = sequence.schedule(num_new_tokens, self._step, num_drafts, max_drafts)
         self.sequences.append(sequence)
         self._rows.append(
             ScheduledRow(

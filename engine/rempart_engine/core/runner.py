@@ -38,7 +38,8 @@ class Runner(Protocol):
         """Have the plan computed; the result holds one entry per row of the plan, in its order.
 
         A row that fails alone is reported in its `RowResult.error`; a step for which memory does not suffice is lost
-        and done at once, and its new rows are to be released all the same; an exception, here or from the result, means that the runner can no longer be trusted.
+        and done at once, and its new rows are to be released all the same; an exception, here or from the result, means
+        that the runner can no longer be trusted.
         Plans that were made before the scheduler heard of a failure, an end or an abort still name the row: whatever is
         computed for it then is dropped. Drafts never leave the runner: plans and results only count them.
         """

@@ -256,8 +256,7 @@ class Scheduler:
         self._running.tables.publish(sequence)
         if not scheduled.samples:
             return []
-        if not sequence.is_in_flight:  # else the plan after this one does without drafts, and so they are void
-            sequence.num_ready_drafts = outcome.num_proposed_drafts
+        sequence.num_ready_drafts = outcome.num_proposed_drafts
         self._tally.num_output_tokens += count
         self._tally.num_draft_tokens += scheduled.num_draft_tokens
         self._tally.num_accepted_draft_tokens += count - 1

@@ -59,6 +59,8 @@ class Sequence:
         self.num_ready_drafts = 0
         """Drafts that the runner holds for its next step."""
         self.num_in_flight_drafts = 0
+        self.awaits_drafts = False
+        """The step in flight may propose some."""
         self.last_step = 0
         """Number of the last plan that had work of this sequence."""
 
@@ -112,10 +114,11 @@ class Sequence:
     def num_remaining_tokens(self) -> int:
         """Tokens that could be scheduled now.
 
-        None while the last token it may have is only a placeholder, or drafts are in flight.
+        None while the last token it may have is only a placeholder, drafts are in flight, or some may be proposed: a
+        step that verifies them brings more than one that is launched sooner.
         """
         num_tokens = len(self.token_ids) + self.num_placeholders
-        if num_tokens >= self.max_num_tokens or self.num_in_flight_drafts:
+        if num_tokens >= self.max_num_tokens or self.num_in_flight_drafts or self.awaits_drafts:
             return 0
         return num_tokens - self.num_computed_tokens - self.num_in_flight_tokens
 
@@ -123,14 +126,17 @@ class Sequence:
     def is_in_flight(self) -> bool:
         return self.num_in_flight_steps > 0
 
-    def schedule(self, num_new_tokens: int, step: int, num_drafts: int = 0) -> bool:
+    def schedule(self, num_new_tokens: int, step: int, num_drafts: int = 0, max_drafts: int = 0) -> bool:
         """Put the next tokens in flight, and with them some of the drafts; the other drafts are void.
+
+        Up to `max_drafts` may be proposed after it.
 
         True when that reaches the last token, so that one is sampled after it.
         """
         self.num_in_flight_tokens += num_new_tokens
         self.num_in_flight_steps += 1
         self.num_in_flight_drafts = num_drafts
+        self.awaits_drafts = max_drafts > 0
         self.num_ready_drafts = 0
         self.last_step = step
         samples = self.num_scheduled_tokens == self.num_tokens
@@ -143,6 +149,7 @@ class Sequence:
         Its drafts are no longer in flight: those that became tokens come with `append`.
         """
         self.num_in_flight_drafts = 0  # they fly in the only step in flight
+        self.awaits_drafts = self.awaits_drafts and self.num_in_flight_steps > 1
         self.num_in_flight_tokens -= num_new_tokens
         self.num_in_flight_steps -= 1
         self.num_computed_tokens += num_new_tokens

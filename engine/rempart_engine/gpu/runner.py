@@ -121,12 +121,12 @@ class GpuRunner:
         prompt_logprobs_of_row = self._prompt_logprobs(plan, logits)
         places = sampling_places(plan.rows)
         sampled = self._sample(sampled_logits(plan, logits), places) if len(places.rows) else None
-        num_drafts: Mapping[int, int] = {}
+        kept, num_drafts = None, {}
         if self._drafter is not None:
-            wants_drafts = sampled is not None and any(row.max_drafts for row in plan.rows)
-            kept = sampled.kept() if sampled is not None and wants_drafts else None
+            if sampled is not None and any(row.max_drafts for row in plan.rows):
+                kept = sampled.kept()
             num_drafts = self._drafter.propose(plan, arrays, self._rows.inputs(arrays), hidden, places, kept)
-        return _GpuStep(plan, places, sampled, prompt_logprobs_of_row, num_drafts)
+        return _GpuStep(plan, places, sampled, prompt_logprobs_of_row, num_drafts, is_done=kept is not None)
 
     def _outputs(self, arrays: StepArrays) -> Outputs:
         """Hidden states [T, W] of all tokens, and logits [O, V] of those that need them."""

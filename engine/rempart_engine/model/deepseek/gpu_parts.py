@@ -10,7 +10,7 @@ from rempart_engine.kernels.fp8_linear.gpu import BlockFp8Linear
 from rempart_engine.kernels.headwise_linear import DenseHeadwiseLinear
 from rempart_engine.kernels.moe import GroupedExperts
 from rempart_engine.kernels.product_tiles import Numbers
-from rempart_engine.model.deepseek.config import DeepseekConfig
+from rempart_engine.model.deepseek.config import DeepseekConfig, Fp8Blocks
 from rempart_engine.model.deepseek.parts import ReadExpert
 from rempart_engine.model.precision import Precision
 from rempart_engine.model.weights.weight import Weight
@@ -58,6 +58,6 @@ class GpuParts:
     def _expert_numbers(self, config: DeepseekConfig) -> Numbers:
         if self.precision.experts is not None:
             return self.precision.experts
-        if self.precision.keeps_fp8 and config.fp8 is not None:
+        if self.precision.keeps_fp8 and config.fp8 == Fp8Blocks(128, 128):
             return "fp8"
         return "float32" if self.dtype == torch.float32 else "bfloat16"
