@@ -7,7 +7,7 @@ PROTOS := $(wildcard protos/rempart_protos/v1/*.proto)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-cpu test-triton test-gpu test-slow compile-kernels check format protos bench bench-dsa clean
+.PHONY: help up test test-cpu test-triton test-gpu test-slow compile-kernels check format protos bench bench-dsa bench-gpu clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ bench: $(INSTALLED) ## engine against its peers and the router's cost, side by s
 
 bench-dsa: $(INSTALLED) ## dense against sparse attention of one DeepSeek-V3.2 layer, 2K to 128K (quiet machine, 8 GiB)
 	$(BIN)/python bench/dsa.py $(ARGS)
+
+bench-gpu: ## kernels, one layer's attention and a slice of DeepSeek-V3.2 on this machine's GPU, in nine minutes (PYTHON as above)
+	PYTHONPATH=engine:platform:protos $(PYTHON) bench/gpu.py $(ARGS)
 
 clean: ## forget the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
