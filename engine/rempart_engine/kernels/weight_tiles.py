@@ -10,8 +10,6 @@ Numbers of weights: "float" (float32 or bfloat16), "fp8" (e4m3), "int8", and "in
 holds input j in its low half and input j + 64 in its high half, each 8 too large.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
 import triton
 import triton.language as tl
 
@@ -117,7 +115,10 @@ def _add_product(
 ):
     product = tl.zeros(total.shape, tl.float32)
     if NUMBERS == "float":
-        total = dot(cast(weights.to(tl.float32), x.dtype), x, total)
+        if weights.dtype == x.dtype:
+            total = dot(weights, x, total)
+        else:
+            total = dot(weights.to(tl.float32), x.to(tl.float32), total)
     elif IS_TURNED:
         total += _fp8_product(tl.trans(x), tl.trans(weights), product) * (x_scale * scale)[:, None]
     elif x.dtype == tl.uint8:

@@ -18,8 +18,9 @@ _NUM_WARPS = 4
 
 @triton.jit
 def quantized(x, axis: tl.constexpr, HAS_FP8: tl.constexpr):
-    """Finite float32 tile, whose `axis` runs along the channels of one group, as e4m3 bytes and scales."""
-    largest = tl.maximum(tl.max(tl.abs(x), axis), 1e-4)
+    """A float32 tile, whose `axis` runs along the channels of one group, as e4m3 bytes and scales."""
+    # What is no number has no part in the scale, and stays what it is.
+    largest = tl.maximum(tl.max(tl.where(x == x, tl.abs(x), 0.0), axis), 1e-4)
     scale = power_of_two_scale(tl.div_rn(largest, 448.0))
     # The exact reciprocal of a power of two: its exponent mirrored.
     inverse = (0x7F000000 - scale.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
