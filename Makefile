@@ -10,7 +10,7 @@ ARGS ?=
 .PHONY: help up test test-cpu test-triton test-gpu test-slow compile-kernels check format protos bench bench-dsa bench-gpu clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 up: $(INSTALLED) ## set everything up, then serve SmolLM2-135M-Instruct on this machine (ARGS="--engines 2")
 	@$(BIN)/rempart up $(ARGS)
@@ -21,7 +21,8 @@ test-cpu: $(INSTALLED) ## of these, all but the kernels for GPUs
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" --ignore tests/gpu $(ARGS)
 
 test-triton: $(INSTALLED) ## of these, the kernels for GPUs, in Triton's interpreter
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/gpu $(ARGS)
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadscope -m "not slow and not gpu" \
+	  tests/gpu $(ARGS)
 
 compile-kernels: $(INSTALLED) ## of these, every kernel compiled for A100, H100 and B200; refuses spills and slow paths without a reason
 	@$(BIN)/python -m rempart_engine.kernels.compile $(ARGS)
