@@ -368,6 +368,12 @@ def test_groups_that_crash_or_hang_leave_what_they_found(worker: Callable[[str],
     assert rest.refusal == "ended after 1 s"
 
 
+def test_lines_that_are_cut_or_of_others_are_left_out(worker: Callable[[str], None]) -> None:
+    worker(f"print('a library warns'); print('{_line('first')}'); print('{_line('second')}'[:40], end='')")
+    (found,) = gpu.measure_all((gpu.Group("small", 60.0),), 60.0, is_dry=False)
+    assert found.name == "first"
+
+
 def test_groups_without_time_are_named(worker: Callable[[str], None]) -> None:
     worker("")
     assert list(gpu.measure_all((gpu.Group("small", 60.0),), 60.0, is_dry=False)) == []
