@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from bench.dsa_check import WrongAnswerError
 from bench.gpu_model_work import STEP_AIM, decode_works
-from bench.gpu_points import NOT_TIMED, Measured, Sizes, Slice, decode_name
+from bench.gpu_points import NOT_TIMED, PROMPTS, Measured, Sizes, Slice, decode_name
 from bench.gpu_weights import RandomFolder
 
 from rempart_engine.config import BLOCK_SIZE, EngineConfig
@@ -131,7 +131,7 @@ def _measured(
         return
     yield replace(found, seconds=decode_seconds(steps, batch))
     if of_prompts := prompt_seconds(steps, sizes.num_queries):
-        yield Measured("model", f"{part.name}, prompts, {sizes.num_queries} tokens, x {batch}", (), seconds=of_prompts)
+        yield Measured(PROMPTS, f"{part.name}, with {batch} sequences", (), seconds=of_prompts)
 
 
 def num_outputs(sizes: Sizes, batch: int) -> int:

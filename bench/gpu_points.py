@@ -12,6 +12,8 @@ from rempart_engine.model.deepseek.config import DeepseekConfig, IndexerConfig, 
 
 NOT_TIMED = "right, not timed"
 """A refusal where there is no GPU."""
+PROMPTS = "model, prompts"
+"""The group of steps that are full of prompts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from bench.gpu_points import (
     DENSE_ONLY,
     FULL,
     NUM_MOE_LAYERS,
+    PROMPTS,
     WITH_EXPERTS,
     WITHOUT_GRAPHS,
     Measured,
@@ -170,6 +171,16 @@ def model_table(run: Run) -> str:
     return table(head, rows)
 
 
+def prompts_table(run: Run) -> str:
+    """Steps that are full of prompts."""
+    rows = [
+        [found.name, _ms(found.median_s), f"{FULL.num_queries / found.median_s:,.0f}"]
+        for found in run.timed
+        if found.group == PROMPTS
+    ]
+    return table(["layers", f"ms for {FULL.num_queries} tokens", "tokens/s"], rows)
+
+
 def projections(run: Run) -> Iterator[tuple[int, Projection]]:
     """The whole model on eight GPUs, for each batch whose numbers are all there."""
     num_experts = V32.moe.num_experts
@@ -202,7 +213,11 @@ def text(run: Run) -> str:
     if any(pairs(run)):
         parts.append(pairs_table(run))
     if any(model_steps(run)):
-        parts += [f"{V32.num_dense_layers} dense layers and {NUM_MOE_LAYERS} with experts:", model_table(run)]
+        parts += [
+            f"{V32.num_dense_layers} dense layers and {NUM_MOE_LAYERS} with experts:",
+            model_table(run),
+            prompts_table(run),
+        ]
     for batch, projection in projections(run):
         lines = "\n".join(f"- {line}" for line in projection.arithmetic)
         parts.append(f"The whole model on 8 such GPUs, {batch} sequences on each:\n{lines}")

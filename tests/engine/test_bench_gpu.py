@@ -24,6 +24,7 @@ from bench.gpu_points import (
     DENSE_ONLY,
     FULL,
     NOT_TIMED,
+    PROMPTS,
     TINY,
     WITH_EXPERTS,
     WITHOUT_GRAPHS,
@@ -276,6 +277,7 @@ def _run() -> Run:
         Measured("model", decode_name(part, 32), decode_works(part.config(V32), 32, 4096, "fp8"), seconds=(seconds,))
         for part, seconds in slices
     ]
+    model.append(Measured(PROMPTS, "2 layers with experts, graphs, with 32 sequences", (), seconds=(0.1,)))
     uncaptured = Measured("sample", "greedy", works, None, (4e-6,), (4e-6,), "waits for the GPU")
     return Run("NVIDIA H100 80GB HBM3", RATES, (kernel, *layers, *experts, *model, uncaptured))
 
@@ -307,6 +309,11 @@ def test_steps_and_projections_need_all_their_numbers() -> None:
     assert projection.step_s == pytest.approx(0.003 + 58 * (0.002 - 0.001 + 32 * 8 * 7168 * 3 / 450e9))
     without_eighth = replace(run, measured=tuple(one for one in run.measured if one.name != experts_name(32, 32)))
     assert list(projections(without_eighth)) == []
+
+
+def test_prompts_are_in_the_report() -> None:
+    cells = _cells(text(_run()), "2 layers with experts, graphs, with 32 sequences")
+    assert cells[1:] == ["100.000", f"{FULL.num_queries / 0.1:,.0f}"]
 
 
 def test_what_was_refused_is_named_and_has_no_number() -> None:
