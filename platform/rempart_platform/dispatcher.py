@@ -36,7 +36,9 @@ from rempart_protos.v1 import engine_pb2
 class QuotaLedger(Protocol):
     """What dispatch needs of quotas; `tenancy.quota.Ledger` in production."""
 
-    async def reserve(self, tenant: str, request_id: str, tokens: int) -> Reservation:
+    async def reserve(
+        self, tenant: str, request_id: str, tokens: int, *, model: str = "", key_id: str = "", prompt_tokens: int = 0
+    ) -> Reservation:
         """Raises RempartError when the tenant may not; holds nothing then, nor when it is cancelled."""
 
     async def settle(self, reservation: Reservation, usage: Usage, model: str) -> None:
@@ -118,7 +120,12 @@ class Dispatcher:
             if not self._pool.can_serve(request.model):
                 raise no_endpoint(request.model, self._config.retry_after_s)
             reservation = await self._ledger.reserve(
-                request.caller.tenant, request.request_id, request.worst_case_tokens
+                request.caller.tenant,
+                request.request_id,
+                request.worst_case_tokens,
+                model=request.model,
+                key_id=request.caller.key_id,
+                prompt_tokens=len(request.prompt_token_ids),
             )
         except BaseException as error:
             trace.failed(error)

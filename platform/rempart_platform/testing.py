@@ -42,7 +42,9 @@ class RecordingLedger:
         self.usages: dict[str, Usage] = {}
         self.refunded_ids: list[str] = []
 
-    async def reserve(self, tenant: str, request_id: str, tokens: int) -> Reservation:
+    async def reserve(
+        self, tenant: str, request_id: str, tokens: int, *, model: str = "", key_id: str = "", prompt_tokens: int = 0
+    ) -> Reservation:
         if self.max_open is not None and len(self.open) >= self.max_open:
             raise RempartError(
                 ErrorKind.RATE_LIMIT_EXCEEDED,

@@ -113,7 +113,9 @@ class Ledger:
         """Reservations of this router that are neither settled nor refunded."""
         return len(self._open)
 
-    async def reserve(self, tenant: str, request_id: str, tokens: int) -> Reservation:
+    async def reserve(
+        self, tenant: str, request_id: str, tokens: int, *, model: str = "", key_id: str = "", prompt_tokens: int = 0
+    ) -> Reservation:
         """Holds a place in flight and the worst case in tokens, all or nothing.
 
         Raises:
