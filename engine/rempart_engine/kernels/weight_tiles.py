@@ -8,6 +8,9 @@ A sum's order depends on the shape of the weights alone, never on the number of 
 
 Numbers of weights: "float" (float32 or bfloat16), "fp8" (e4m3), "int8", and "int4": byte j of a group of 128 inputs
 holds input j in its low half and input j + 64 in its high half, each 8 too large.
+
+Pointers to e4m3 are float8e4nv where the GPU multiplies it, so that tensor cores read tiles from shared memory as they
+are; elsewhere they are uint8.
 """
 
 import triton
@@ -21,7 +24,7 @@ def sum_of_blocks(
     weights_at,  # [R, K'] pointers to each row's first inputs; K' = BLOCK_K, or bytes of BLOCK_K nibbles
     scales_at,  # pointers to the first scales: one of fp8, whose rows share it, [R] of int8 and int4
     scale_step,  # from a group's scale to the next one's
-    x_at,  # [BLOCK_K, N] pointers to each token's first inputs; float32, bfloat16, or e4m3 as uint8
+    x_at,  # [BLOCK_K, N] pointers to each token's first inputs; float32, bfloat16 or float8e4nv
     x_scales_at,  # [N] pointers to the tokens' first scales, which lie side by side; of e4m3 alone
     pair_offset,  # from a row to the row it is paired with
     pair_scale_offset,
@@ -29,7 +32,6 @@ def sum_of_blocks(
     last,
     width,  # K
     NUMBERS: tl.constexpr,
-    HAS_FP8: tl.constexpr,
     IS_PAIRED: tl.constexpr,  # of rows that x meets at the same time
     IS_EVEN: tl.constexpr,  # BLOCK_K divides K
     BLOCK_K: tl.constexpr,  # divides 128
@@ -37,7 +39,7 @@ def sum_of_blocks(
     """Sum of W x^T over blocks first to last - 1; products of one block are summed before scales are applied."""
     WEIGHT_STEP: tl.constexpr = BLOCK_K // 2 if NUMBERS == "int4" else BLOCK_K
     HALF: tl.constexpr = BLOCK_K // 2
-    IS_QUANTIZED: tl.constexpr = x_at.dtype.element_ty == tl.uint8
+    IS_QUANTIZED: tl.constexpr = x_at.dtype.element_ty == tl.float8e4nv
     # A thread of the tensor core holds few rows and many columns, so the side that has many scales lies along rows.
     IS_TURNED: tl.constexpr = IS_QUANTIZED and x_at.shape[1] >= 64
     if IS_TURNED:
@@ -59,10 +61,10 @@ def sum_of_blocks(
             x_high = _load(x_at + block * BLOCK_K + HALF, (block * BLOCK_K + HALF + k < width)[:, None], IS_EVEN)
         in_row = (block * BLOCK_K + k < width)[None, :]
         weights = _load(weights_at + block * WEIGHT_STEP, in_row, IS_EVEN or NUMBERS == "int4")
-        total = _add_product(total, weights, scale, x, x_high, x_scale, NUMBERS, HAS_FP8, IS_TURNED)
+        total = _add_product(total, weights, scale, x, x_high, x_scale, NUMBERS, IS_TURNED)
         if IS_PAIRED:
             weights = _load(weights_at + pair_offset + block * WEIGHT_STEP, in_row, IS_EVEN or NUMBERS == "int4")
-            pair_total = _add_product(pair_total, weights, pair_scale, x, x_high, x_scale, NUMBERS, HAS_FP8, IS_TURNED)
+            pair_total = _add_product(pair_total, weights, pair_scale, x, x_high, x_scale, NUMBERS, IS_TURNED)
         if NUMBERS != "float":
             group = tl.minimum(block + 1, last - 1) * BLOCK_K // 128
             scale, pair_scale, x_scale = _scales(
@@ -98,7 +100,7 @@ def _scales(
 def _load(at, is_there, IS_WHOLE: tl.constexpr):
     if IS_WHOLE:
         return tl.load(at)
-    return tl.load(at, mask=is_there, other=0)
+    return tl.load(at, mask=is_there, other=0.0)
 
 
 @triton.jit
@@ -110,7 +112,6 @@ def _add_product(
     x_high,  # the second half
     x_scale,  # [N] of e4m3
     NUMBERS: tl.constexpr,
-    HAS_FP8: tl.constexpr,
     IS_TURNED: tl.constexpr,
 ):
     product = tl.zeros(total.shape, tl.float32)
@@ -121,10 +122,10 @@ def _add_product(
             total = dot(weights.to(tl.float32), x.to(tl.float32), total)
     elif IS_TURNED:
         total += _fp8_product(tl.trans(x), tl.trans(weights), product) * (x_scale * scale)[:, None]
-    elif x.dtype == tl.uint8:
+    elif x.dtype == tl.float8e4nv:
         total += _fp8_product(weights, x, product) * (x_scale * scale)[None, :]
     elif NUMBERS == "fp8":
-        total += dot(_from_e4m3(weights, x.dtype, HAS_FP8), x, product) * scale
+        total += dot(_from_e4m3(weights, x.dtype), x, product) * scale
     elif NUMBERS == "int8":
         total += dot(_small_integers(weights ^ 0x80, 128, x.dtype), x, product) * scale[:, None]
     else:
@@ -141,16 +142,23 @@ def _small_integers(values, OFFSET: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _from_e4m3(values, dtype: tl.constexpr, HAS_FP8: tl.constexpr):
-    """uint8 e4m3 as floats, exactly."""
-    if HAS_FP8 and not INTERPRETED:
-        return values.to(tl.float8e4nv, bitcast=True).to(dtype)
-    return cast(decode_e4m3(values), dtype)
+def _from_e4m3(values, dtype: tl.constexpr):
+    """e4m3 as floats, exactly."""
+    if values.dtype == tl.uint8:
+        decoded = cast(decode_e4m3(values), dtype)
+    elif INTERPRETED:
+        decoded = cast(decode_e4m3(values.to(tl.uint8, bitcast=True)), dtype)
+    else:
+        decoded = values.to(dtype)
+    return decoded
 
 
 @triton.jit
 def _fp8_product(a, b, acc):
-    """acc + a @ b of e4m3 as uint8."""
+    """acc + a @ b of float8e4nv."""
     if INTERPRETED:
-        return dot(decode_e4m3(a), decode_e4m3(b), acc)
-    return fp8_dot(a.to(tl.float8e4nv, bitcast=True), b.to(tl.float8e4nv, bitcast=True), acc)
+        a, b = _from_e4m3(a, tl.float32), _from_e4m3(b, tl.float32)
+        acc = dot(a, b, acc)
+    else:
+        acc = fp8_dot(a, b, acc)
+    return acc

@@ -66,7 +66,6 @@ def _multiply(
     num_splits,
     groups_per_split,
     NUMBERS: tl.constexpr,
-    HAS_FP8: tl.constexpr,
     IS_EVEN: tl.constexpr,
     IS_SPLIT: tl.constexpr,  # each program computes one split, into float32
     SUMS_SPLITS: tl.constexpr,  # each program computes every split
@@ -111,7 +110,6 @@ def _multiply(
             last,
             width,
             NUMBERS=NUMBERS,
-            HAS_FP8=HAS_FP8,
             IS_PAIRED=False,
             IS_EVEN=IS_EVEN,
             BLOCK_K=BLOCK_K,
@@ -139,6 +137,11 @@ def _add_splits(partial, out, size, num_splits, BLOCK: tl.constexpr):
 def quantizes(target: Target, dtype: torch.dtype) -> bool:
     """Whether activations of this type are quantized too, so that e4m3 is multiplied with e4m3."""
     return target.has_fp8 and dtype == torch.bfloat16
+
+
+def e4m3_type(target: Target) -> torch.dtype:
+    """As what kernels of products read e4m3: its own type where the GPU knows it."""
+    return torch.float8_e4m3fn if target.has_fp8 else torch.uint8
 
 
 def cut(target: Target, num_tokens: int, num_outputs: int, width: int, x_bytes: int) -> Cut:
@@ -178,11 +181,12 @@ def multiply(
     how = cut(target, num_tokens, num_outputs, width, values.element_size())
     tiles, splits = how.tiles, how.splits
     into = x.new_empty((splits.count, num_tokens, num_outputs), dtype=torch.float32) if how.is_split else out
+    read_as = e4m3_type(target)
     num_tiles = triton.cdiv(num_outputs, tiles.rows) * triton.cdiv(num_tokens, tiles.tokens)
     _multiply[(num_tiles, splits.count if how.is_split else 1)](
-        values,
+        values if x_scales is None else values.view(read_as),
         values if x_scales is None else x_scales,
-        weights.view(torch.uint8) if is_fp8 else weights,
+        weights.view(read_as) if is_fp8 else weights,
         weights if scales is None else scales,
         into,
         num_tokens,
@@ -193,7 +197,7 @@ def multiply(
         splits.groups,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        **_constants(target, how, width, is_fp8=is_fp8),
+        **_constants(how, width, is_fp8=is_fp8),
     )
     if how.is_split:
         _add_splits[(triton.cdiv(out.numel(), _ADDED_PER_PROGRAM),)](
@@ -202,10 +206,9 @@ def multiply(
     return out
 
 
-def _constants(target: Target, how: Cut, width: int, *, is_fp8: bool) -> dict[str, bool | int | str]:
+def _constants(how: Cut, width: int, *, is_fp8: bool) -> dict[str, bool | int | str]:
     return {
         "NUMBERS": "fp8" if is_fp8 else "float",
-        "HAS_FP8": target.has_fp8,
         "IS_EVEN": width % how.tiles.k == 0,
         "IS_SPLIT": how.is_split,
         "SUMS_SPLITS": how.sums_splits,
@@ -233,15 +236,20 @@ def builds(target: Target) -> Iterator[Build]:
     for layer, (num_outputs, width) in _SHAPES.items():
         for num_tokens in (1, 32, 64, 128, 8192):
             how = cut(target, num_tokens, num_outputs, width, 1 if is_quantized else 2)
-            constants = _constants(target, how, width, is_fp8=True)
+            constants = _constants(how, width, is_fp8=True)
             if tuple(constants.values()) in seen:
                 continue
             seen.add(tuple(constants.values()))
-            x, out = "*u8" if is_quantized else "*bf16", "*fp32" if how.is_split else "*bf16"
+            x, out = "*fp8e4nv" if is_quantized else "*bf16", "*fp32" if how.is_split else "*bf16"
             yield Build(
                 name=f"{layer} [{num_outputs}, {width}], {num_tokens} tokens",
                 kernel=_multiply,
-                arguments={"x": x, "x_scales": "*fp32" if is_quantized else x, "weights": "*u8", "scales": "*fp32"}
+                arguments={
+                    "x": x,
+                    "x_scales": "*fp32" if is_quantized else x,
+                    "weights": "*fp8e4nv" if target.has_fp8 else "*u8",
+                    "scales": "*fp32",
+                }
                 | {"out": out, "num_tokens": "i32", "num_outputs": "i32", "width": "i32", "row_stride": "i32"}
                 | {"num_splits": "i32", "groups_per_split": "i32"},
                 constants=constants,

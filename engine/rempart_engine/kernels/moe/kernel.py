@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from rempart_engine.kernels.builds import Build
-from rempart_engine.kernels.fp8_linear.kernel import quantizes
+from rempart_engine.kernels.fp8_linear.kernel import e4m3_type, quantizes
 from rempart_engine.kernels.moe import arrange as tokens
 from rempart_engine.kernels.product_tiles import Numbers, Tiles, tiles_for
 from rempart_engine.kernels.quantize_groups.kernel import quantize_groups, quantized
@@ -81,7 +81,6 @@ def _gate_up(
             tl.cdiv(width, BLOCK_K),
             width,
             NUMBERS=NUMBERS,
-            HAS_FP8=HAS_FP8,
             IS_PAIRED=True,
             IS_EVEN=IS_EVEN,
             BLOCK_K=BLOCK_K,
@@ -115,7 +114,6 @@ def _down(
     width,  # W
     intermediate,  # F
     NUMBERS: tl.constexpr,
-    HAS_FP8: tl.constexpr,
     IS_EVEN: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -146,7 +144,6 @@ def _down(
             tl.cdiv(intermediate, BLOCK_K),
             intermediate,
             NUMBERS=NUMBERS,
-            HAS_FP8=HAS_FP8,
             IS_PAIRED=False,
             IS_EVEN=IS_EVEN,
             BLOCK_K=BLOCK_K,
@@ -246,10 +243,9 @@ def cut(target: Target, numbers: Numbers, x_bytes: int, num_assignments: int, nu
     return Cut(gate_up, down)
 
 
-def _constants(target: Target, numbers: Numbers, tiles: Tiles, width: int) -> dict[str, bool | int | str]:
+def _constants(numbers: Numbers, tiles: Tiles, width: int) -> dict[str, bool | int | str]:
     return {
         "NUMBERS": "float" if numbers in ("float32", "bfloat16") else numbers,
-        "HAS_FP8": target.has_fp8,
         "IS_EVEN": width % tiles.k == 0,
         "BLOCK_OUTPUTS": tiles.rows,
         "BLOCK_TOKENS": tiles.tokens,
@@ -277,14 +273,15 @@ def grouped_experts(
     how = cut(target, stack.numbers, values.element_size(), num_assignments, num_experts)
     found = tokens.arrange(experts, num_experts, how.gate_up.tokens)
     num_tiles = len(found.tile_experts)
+    read_as = e4m3_type(target)
     hidden = values.new_empty((num_assignments, intermediate))
     hidden_scales = None
     if is_quantized:
         hidden_scales = x.new_empty((num_assignments, -(-intermediate // GROUP)), dtype=torch.float32)
     _gate_up[(triton.cdiv(intermediate, how.gate_up.rows), num_tiles)](
-        values,
+        values if x_scales is None else values.view(read_as),
         values if x_scales is None else x_scales,
-        _bytes(stack.gate_up),
+        _readable(stack.gate_up, read_as),
         stack.gate_up if stack.gate_up_scales is None else stack.gate_up_scales,
         hidden,
         hidden if hidden_scales is None else hidden_scales,
@@ -296,15 +293,16 @@ def grouped_experts(
         width,
         intermediate,
         values.stride(0),
-        **_constants(target, stack.numbers, how.gate_up, width),
+        HAS_FP8=target.has_fp8,
+        **_constants(stack.numbers, how.gate_up, width),
         num_warps=how.gate_up.num_warps,
         num_stages=how.gate_up.num_stages,
     )
     results = x.new_empty((num_assignments, width))
     _down[(triton.cdiv(width, how.down.rows), num_tiles)](
-        hidden,
+        hidden if hidden_scales is None else hidden.view(read_as),
         hidden if hidden_scales is None else hidden_scales,
-        _bytes(stack.down),
+        _readable(stack.down, read_as),
         stack.down if stack.down_scales is None else stack.down_scales,
         results,
         found.tile_experts,
@@ -312,7 +310,7 @@ def grouped_experts(
         found.tile_ends,
         width,
         intermediate,
-        **_constants(target, stack.numbers, how.down, intermediate),
+        **_constants(stack.numbers, how.down, intermediate),
         num_warps=how.down.num_warps,
         num_stages=how.down.num_stages,
     )
@@ -322,9 +320,11 @@ def grouped_experts(
     return out
 
 
-def _bytes(data: torch.Tensor) -> torch.Tensor:
-    """Numbers of 8 bits as the kernels read them on every GPU."""
-    return data.view(torch.uint8) if data.element_size() == 1 else data
+def _readable(data: torch.Tensor, e4m3: torch.dtype) -> torch.Tensor:
+    """Weights as the kernels read them: integers and nibbles as uint8."""
+    if data.dtype == torch.float8_e4m3fn:
+        return data.view(e4m3)
+    return data.view(torch.uint8) if data.dtype == torch.int8 else data
 
 
 _WIDTH, _INTERMEDIATE, _NUM_EXPERTS, _NUM_CHOSEN = 7168, 2048, 256, 8
@@ -335,8 +335,8 @@ def builds(target: Target) -> Iterator[Build]:
     """DeepSeek-V3.2's experts in every kind of number, from one token to a prefill step."""
     for numbers in ("bfloat16", "fp8", "int8", "int4"):
         is_quantized = numbers == "fp8" and quantizes(target, torch.bfloat16)
-        x = "*u8" if is_quantized else "*bf16"
-        stored = "*bf16" if numbers == "bfloat16" else "*u8"
+        x = "*fp8e4nv" if is_quantized else "*bf16"
+        stored = {"bfloat16": "*bf16", "fp8": "*fp8e4nv" if target.has_fp8 else "*u8"}.get(numbers, "*u8")
         scales = "*bf16" if numbers == "bfloat16" else "*fp32"
         x_scales = "*fp32" if is_quantized else x
         seen = set()
@@ -349,11 +349,17 @@ def builds(target: Target) -> Iterator[Build]:
             yield Build(
                 name=f"gate and up, {numbers}, {how.gate_up.tokens} tokens a tile",
                 kernel=_gate_up,
-                arguments={"x": x, "x_scales": x_scales, "weights": stored, "scales": scales, "hidden": x}
+                arguments={
+                    "x": x,
+                    "x_scales": x_scales,
+                    "weights": stored,
+                    "scales": scales,
+                    "hidden": "*u8" if is_quantized else "*bf16",
+                }
                 | {"hidden_scales": x_scales, "order": "*i32"}
                 | tiles
                 | {"num_chosen": "i32", "width": "i32", "intermediate": "i32", "row_stride": "i32"},
-                constants=_constants(target, numbers, how.gate_up, _WIDTH),
+                constants={"HAS_FP8": target.has_fp8} | _constants(numbers, how.gate_up, _WIDTH),
                 num_warps=how.gate_up.num_warps,
                 num_stages=how.gate_up.num_stages,
                 has_large_dot=True,
@@ -368,7 +374,7 @@ def builds(target: Target) -> Iterator[Build]:
                 | {"results": "*bf16"}
                 | tiles
                 | {"width": "i32", "intermediate": "i32"},
-                constants=_constants(target, numbers, how.down, _INTERMEDIATE),
+                constants=_constants(numbers, how.down, _INTERMEDIATE),
                 num_warps=how.down.num_warps,
                 num_stages=how.down.num_stages,
                 has_large_dot=True,
