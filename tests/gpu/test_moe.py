@@ -201,6 +201,23 @@ def test_experts_nobody_took_are_not_read(device: torch.device) -> None:
     assert_is_mixture(got, case, x, experts, weights, quantizes=False)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("numbers", ["bfloat16", "fp8", "int8", "int4"])
+def test_a_graph_replays_other_tokens(numbers: Numbers, device: torch.device) -> None:
+    """Nothing that is launched depends on where tokens go."""
+    case = make_case(8, 256, 128, numbers, device)
+    x = torch.randn(5, 256, device=device).bfloat16()
+    experts, weights = (part.to(device) for part in route(5, 8, 2))
+    case.layer(x, experts, weights)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = case.layer(x, experts, weights)
+    x.copy_(torch.randn(5, 256).bfloat16())
+    experts.copy_(7 - experts.flip(1))
+    graph.replay()
+    assert torch.equal(replayed, case.layer(x, experts, weights))
+
+
 def test_rows_may_lie_apart_and_none_is_no_work(device: torch.device) -> None:
     case = make_case(3, 40, 20, "bfloat16", device)
     wide = torch.randn(5, 90, device=device).bfloat16()

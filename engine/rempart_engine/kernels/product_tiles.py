@@ -54,7 +54,7 @@ def tiles_for(
         num_sums: float32 numbers that are held for each place of the tile.
     """
     if x_bytes == 4 or numbers == "float32":
-        return Tiles(rows=min(rows, 64), tokens=16, k=128 if numbers == "int4" else 32, num_warps=4, num_stages=2)
+        return Tiles(rows=min(rows, 32), tokens=16, k=128 if numbers == "int4" else 32, num_warps=4, num_stages=2)
     tokens = min(max(16, 1 << (num_tokens - 1).bit_length()), most_tokens)
     # Decoding e4m3 by arithmetic takes the registers that another 64 inputs would.
     k = 64 if numbers in ("float32", "bfloat16") or (numbers == "fp8" and x_bytes == 2) else 128

@@ -4,7 +4,9 @@ Rows of a tile are outputs and its columns tokens. So tensor cores, which take 6
 weights even where there are only 16 tokens, and weights that must be decoded come to them from registers. 128 inputs
 share a scale, of weights and activations alike.
 
-A sum's order depends on the shape of the weights alone, never on the number of tokens, which only widens the tile.
+A sum's order depends on the shape of the weights alone, never on the number of tokens, which only widens the tile. So a
+row's bits do not depend on the others, provided that a GPU's tensor cores add the products of one instruction alike for
+every width: wgmma computes all tiles on sm_90, mma.sync all on sm_80, and the tests hold it on the GPU at hand.
 
 Numbers of weights: "float" (float32 or bfloat16), "fp8" (e4m3), "int8", and "int4": byte j of a group of 128 inputs
 holds input j in its low half and input j + 64 in its high half, each 8 too large.
