@@ -6,7 +6,8 @@
 The message is for the caller: it names the limit or the field, never an address, a path or an exception of ours.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 
 import grpc
@@ -53,11 +54,15 @@ class ErrorKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class QuotaViolation:
-    """Which limit refused: `subject` is the tenant, `metric` is "requests", "tokens" or "concurrency"."""
+    """Which limit refused: `subject` is the tenant, `metric` is "requests", "tokens", "concurrency" and so on.
+
+    `dimensions` names the model or the key whose limit it is; empty for the tenant's own. Money is in billionths.
+    """
 
     subject: str
     metric: str
     limit: int
+    dimensions: Mapping[str, str] = field(default_factory=dict)
 
 
 class RempartError(Exception):

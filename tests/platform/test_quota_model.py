@@ -20,6 +20,8 @@ from rempart_platform.tenancy.reservation import ReserveReply
 from rempart_platform.tenancy.testing import own_redis
 
 WINDOW_US, LEASE_US, MEMORY_US = 20_000, 8_000, 900_000_000
+UNLIMITED = ("", "", "", *[0] * 16)
+"""No plan, no model, no key, and nothing inherited."""
 
 
 @dataclass
@@ -104,6 +106,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self._keys = TenantKeys("acme")
         self._model = SlowLedger()
         self._ids: list[str] = []
+        self._tokens_of: dict[str, int] = {}
         self._runner.run(redis.call(lambda each: each.flushall()))
 
     def _run(self, script: Script, *args: str | int) -> ScriptReply:
@@ -121,16 +124,16 @@ class LedgerMachine(RuleBasedStateMachine):
     def reserve(self, tokens: int) -> None:
         request_id = f"request {len(self._ids)}"
         self._ids.append(request_id)
-        reply = ReserveReply.parse(self._run(RESERVE, request_id, tokens, WINDOW_US, LEASE_US, 0, 0, 0))
+        self._tokens_of[request_id] = tokens
+        reply = ReserveReply.parse(self._run(RESERVE, request_id, tokens, 0, WINDOW_US, LEASE_US, *UNLIMITED))
         assert (reply.outcome, reply.wait_us) == self._model.reserve(request_id, tokens, reply.now_us)
-        counted = (reply.num_requests, reply.num_tokens, reply.num_leases)
-        assert counted == (len(self._model.entries), self._model.tokens, len(self._model.lease_ends))
+        assert (reply.num_requests, reply.num_tokens) == (len(self._model.entries), self._model.tokens)
 
     @rule(pick=st.integers(0, 100), used=st.sampled_from((0, 10, 40)))
     def settle(self, pick: int, used: int) -> None:
         if self._ids:
             request_id = self._ids[pick % len(self._ids)]
-            is_first, now_us = self._run(SETTLE, request_id, WINDOW_US, MEMORY_US, used, "model", used, 0, 0)
+            is_first, now_us = self._run(SETTLE, request_id, WINDOW_US, MEMORY_US, used, 0, "model", used, 0, 0)
             assert is_first == self._model.end(request_id, used, _integer(now_us))
 
     @rule(pick=st.integers(0, 100))
@@ -142,7 +145,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 5))
     def renew(self, count: int) -> None:
-        num_renewed, now_us = self._run(RENEW, LEASE_US, *self._ids[-count:])
+        renewed = [part for each in self._ids[-count:] for part in (each, self._tokens_of[each], 0)]
+        num_renewed, now_us = self._run(RENEW, LEASE_US, *renewed)
         self._model.at(_integer(now_us))
         assert num_renewed == self._model.renew(self._ids[-count:], _integer(now_us))
 
@@ -154,7 +158,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def counts_agree(self) -> None:
         *counts, now_us = self._run(SNAPSHOT, WINDOW_US)
         self._model.at(_integer(now_us))
-        assert counts == [len(self._model.entries), self._model.tokens, len(self._model.lease_ends)]
+        assert counts[:3] == [len(self._model.entries), self._model.tokens, len(self._model.lease_ends)]
 
 
 def _integer(value: str | int | None) -> int:
@@ -191,14 +195,15 @@ def test_keys_of_each_script_lie_in_one_slot_of_a_cluster() -> None:
     slots = set()
     for name in ("a", "acme", "a" * 63, "z-9"):
         keys = TenantKeys(name)
-        of_tenant = {key_slot(key.encode()) for key in (*keys.ledger, keys.api_keys)}
+        of_tenant = {key_slot(key.encode()) for key in (*keys.ledger_of("a {model}", "key"), keys.api_keys)}
         assert len(of_tenant) == 1
         slots |= of_tenant
     assert len(slots) == 4
 
 
 def test_scripts_touch_no_key_that_they_are_not_given() -> None:
-    given = {f"{part}_key" for part in ("tenant", "window", "amounts", "spent", "leases", "settled", "usage")}
+    given = {f"{part}_key" for part in ("tenant", "settled", "usage")}
+    given |= {f"account.{part}" for part in ("window", "amounts", "spent", "leases", "held", "budgets")}
     for script in (RESERVE, SETTLE, REFUND, RENEW, SNAPSHOT):
         calls = re.findall(r"redis\.call\(\s*'(\w+)'(?:,\s*([^,)\s]+))?", script.text)
         assert len(calls) == script.text.count("redis.call(")

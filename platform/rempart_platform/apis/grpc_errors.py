@@ -26,6 +26,7 @@ def rich_status(error: RempartError) -> status_pb2.Status:
             description=error.message,
             quota_metric=error.violation.metric,
             quota_value=error.violation.limit,
+            quota_dimensions=error.violation.dimensions,
         )
         details.append(error_details_pb2.QuotaFailure(violations=[violation]))
     if error.param is not None:

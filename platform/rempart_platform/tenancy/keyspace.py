@@ -4,20 +4,35 @@ Keys of one tenant share the hash tag `{tenant}`, so that a script that changes 
 cluster. Names of tenants hold no braces (see tenants.py), so the tag is the name.
 
     rempart:tenants                 set     names of tenants
-    rempart:key:<key id>            hash    tenant, digest, created_s
-    rempart:{t}:tenant              hash    created_s and the limits that are set
+    rempart:plans                   set     names of plans
+    rempart:plan:<name>             hash    created_s and the limits that are set (fields: see limits.py)
+    rempart:prices                  hash    "currency"; "model <model>" → its price of input, cached and output tokens
+    rempart:key:<key id>            hash    tenant, digest, created_s, expires_s
+    rempart:{t}:tenant              hash    created_s, plan, and the limits that are set, those of its keys too
     rempart:{t}:keys                zset    key id → created_s
+    rempart:{t}:settled             zset    reservation id → time of settling, µs
+    rempart:{t}:usage               hash    "<UTC day> <counter> <model>" → count
+
+And of each account, where the tenant's own has no suffix and the others have ":model:<model>" or ":key:<key id>":
+
     rempart:{t}:window              zset    reservation id → time of admission, µs
     rempart:{t}:amounts             hash    reservation id → tokens it counts for in the window
     rempart:{t}:spent               string  sum of the amounts
     rempart:{t}:leases              zset    reservation id → end of its lease, µs
-    rempart:{t}:settled             zset    reservation id → time of settling, µs
-    rempart:{t}:usage               hash    "<UTC day> <counter> <model>" → count
+    rempart:{t}:held                hash    reservation id → "<tokens> <money>" in flight; " tokens", " money" → sums
+    rempart:{t}:budgets             hash    what was settled, as day, day_tokens, day_money and the same of month
 """
 
 from dataclasses import dataclass
 
 TENANTS = "rempart:tenants"
+PLANS = "rempart:plans"
+PRICES = "rempart:prices"
+_KEYS_OF_ACCOUNT = 6
+
+
+def plan_record(name: str) -> str:
+    return f"rempart:plan:{name}"
 
 
 def api_key_record(key_id: str) -> str:
@@ -47,5 +62,27 @@ class TenantKeys:
 
     @property
     def ledger(self) -> tuple[str, ...]:
-        """KEYS of every ledger script, in the order in which `scripts/ledger.lua` names them."""
-        return tuple(self._key(part) for part in ("tenant", "window", "amounts", "spent", "leases", "settled", "usage"))
+        """KEYS of a ledger script for the tenant's own account alone."""
+        return self.ledger_of()
+
+    def ledger_of(self, model: str = "", key_id: str = "") -> tuple[str, ...]:
+        """KEYS of a ledger script, in the order in which `scripts/ledger.lua` names them.
+
+        With the accounts of a model and of a key, where these are given.
+        """
+        suffixes = [""]
+        suffixes += [f":model:{model}"] if model else []
+        suffixes += [f":key:{key_id}"] if key_id else []
+        return (*self._shared, *(key for suffix in suffixes for key in self._account(suffix)))
+
+    def account(self, model: str = "", key_id: str = "") -> tuple[str, ...]:
+        """KEYS of a ledger script for the one account of a model, of a key, or of the tenant when neither is given."""
+        return (*self._shared, *self.ledger_of(model, key_id)[-_KEYS_OF_ACCOUNT:])
+
+    @property
+    def _shared(self) -> tuple[str, ...]:
+        return tuple(self._key(part) for part in ("tenant", "settled", "usage"))
+
+    def _account(self, suffix: str) -> tuple[str, ...]:
+        parts = ("window", "amounts", "spent", "leases", "held", "budgets")
+        return tuple(self._key(part + suffix) for part in parts)

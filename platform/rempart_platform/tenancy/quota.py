@@ -5,7 +5,11 @@
        └─► refused: nothing counted, the true wait told
 
 Limits hold for any window of 60 seconds (a log of reservations, no buckets of time), across all routers of one Redis:
-every transition is one Lua script that runs as a whole, by the server's clock.
+every transition is one Lua script that runs as a whole, by the server's clock. A reservation counts in the accounts of
+its tenant, its model and its key (limits.py) and must fit all of them.
+
+Budgets are of UTC days and months. What was settled in a day and what is in flight, at its worst case, never exceed the
+day's budget. A request that runs over midnight is settled in the new day.
 """
 
 import asyncio
@@ -15,16 +19,18 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Usage
 from rempart_platform.tenancy.closing import Ending, EndingQueue
 from rempart_platform.tenancy.keyspace import TenantKeys
+from rempart_platform.tenancy.limits import TenantLimits
 from rempart_platform.tenancy.lua import load_script
 from rempart_platform.tenancy.redis_client import RedisAwayError, RedisClient
-from rempart_platform.tenancy.reservation import Reservation, ReserveReply, Snapshot
-from rempart_platform.tenancy.tenants import TenantLimits
+from rempart_platform.tenancy.reservation import Balance, Reservation, ReserveReply, Snapshot
+from rempart_platform.tenancy.terms import Terms
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +41,7 @@ RENEW = load_script("renew", runs_when_memory_is_full=True)
 SNAPSHOT = load_script("snapshot", runs_when_memory_is_full=True)
 
 _MAX_RENEWALS_PER_SCRIPT = 500
+_MAX_PLAN_CHANGES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +49,7 @@ class QuotaConfig:
     """How quotas are counted. All routers of one Redis must agree on it."""
 
     default_limits: TenantLimits = field(default_factory=TenantLimits)
-    """For what a tenant's own limits leave unset; None is unlimited."""
+    """For what a tenant's own limits and its plan's leave unset; None is unlimited."""
     window_s: float = 60.0
     lease_s: float = 10.0
     """How long a crashed router's requests stay in flight. Renewed every third of it."""
@@ -71,7 +78,7 @@ class LedgerObserver(Protocol):
     def reserved(self, tenant: str) -> None: ...
 
     def refused(self, tenant: str, reason: str) -> None:
-        """`reason`: "requests", "tokens", "concurrency", "impossible" or "unavailable"."""
+        """`reason`: "impossible", "unavailable", or the limit: "requests", "tokens", "concurrency" and so on."""
 
     def settled(self, tenant: str, model: str, usage: Usage) -> None: ...
 
@@ -99,6 +106,7 @@ class Ledger:
         self._window_us = _microseconds(config.window_s)
         self._lease_us = _microseconds(config.lease_s)
         self._memory_us = _microseconds(config.ending_memory_s)
+        self._terms = Terms(redis, clock)
         self._open: dict[str, Reservation] = {}
         self.endings = EndingQueue(
             redis,
@@ -116,47 +124,76 @@ class Ledger:
     async def reserve(
         self, tenant: str, request_id: str, tokens: int, *, model: str = "", key_id: str = "", prompt_tokens: int = 0
     ) -> Reservation:
-        """Holds a place in flight and the worst case in tokens, all or nothing.
+        """Holds a place in flight and the worst case in tokens and money, all or nothing.
+
+        Args:
+            tenant: who asks.
+            request_id: serves one reservation.
+            tokens: the worst case, of which the prompt has `prompt_tokens`.
+            model: its account counts too, and its price makes the worst case in money; "" for neither.
+            key_id: its account counts too; "" for none.
+            prompt_tokens: matter for money alone.
 
         Raises:
             RempartError: RATE_LIMIT_EXCEEDED with the true wait; INVALID_REQUEST when no wait would help;
                 UNAVAILABLE when Redis does not answer.
         """
-        default = self._config.default_limits
-        args: list[str | int] = [request_id, tokens, self._window_us, self._lease_us]
-        args += [default.requests_per_minute or 0, default.tokens_per_minute or 0, default.concurrency or 0]
-        may_be_made = self._refund_ending(Reservation(request_id, tenant, tokens))
+        asked = Reservation(request_id, tenant, tokens, model=model, key_id=key_id)
         try:
-            raw_reply = await self._redis.run_script(RESERVE, TenantKeys(tenant).ledger, args)
+            asked = await self._at_price(asked, prompt_tokens)
+            reply = await self._ask(asked)
         except RedisAwayError as error:
             if error.may_have_run:
-                self.endings.put(may_be_made)
+                self.endings.put(self._refund_ending(asked))
             self._observer.refused(tenant, "unavailable")
             raise
         except asyncio.CancelledError:
-            self.endings.put(may_be_made)
+            self.endings.put(self._refund_ending(asked))
             raise
-        reply = ReserveReply.parse(raw_reply)
         if reply.num_swept_leases:
             self._observer.leases_expired(reply.num_swept_leases)
         assert reply.outcome != "settled", "a request id serves one reservation"
         if not reply.is_admitted:
             self._observer.refused(tenant, reply.outcome)
-            raise reply.refusal(tenant, tokens, self._config.concurrency_retry_s)
-        reservation = Reservation(request_id, tenant, tokens, reply.headers())
+            currency = (await self._terms.prices()).currency if reply.limit_name.startswith("money") else ""
+            raise reply.refusal(asked, self._config.concurrency_retry_s, currency)
+        reservation = replace(asked, headers=reply.headers())
         self._open[request_id] = reservation
         self._observer.reserved(tenant)
         return reservation
+
+    async def _at_price(self, asked: Reservation, prompt_tokens: int) -> Reservation:
+        if not asked.model:
+            return asked
+        price = (await self._terms.prices()).of(asked.model)
+        return replace(asked, price=price, money=price.worst_cost(asked.tokens, prompt_tokens))
+
+    async def _ask(self, asked: Reservation) -> ReserveReply:
+        """Runs the script with the limits of the plan that the tenant has."""
+        for _ in range(_MAX_PLAN_CHANGES):
+            plan = self._terms.plan_of(asked.tenant)
+            limits = await self._terms.limits(plan)
+            args: list[str | int] = [asked.reservation_id, asked.tokens, asked.money, self._window_us, self._lease_us]
+            args += [plan, asked.model, asked.key_id]
+            args += limits.own.inherit(self._config.default_limits).numbers()
+            args += limits.of_model(asked.model).numbers()
+            reply = ReserveReply.parse(await self._redis.run_script(RESERVE, _keys(asked), args))
+            if reply.outcome != "plan":
+                return reply
+            self._terms.has_plan(asked.tenant, reply.limit_name)
+        raise RempartError(ErrorKind.UNAVAILABLE, "The tenant's plan is being changed.", retry_after_s=1.0)
 
     async def settle(self, reservation: Reservation, usage: Usage, model: str) -> None:
         """Ends a reservation with what was used. Again is harmless; never raises because Redis is away."""
         counted = usage.prompt_tokens - usage.cached_tokens + usage.completion_tokens
         counted += math.ceil(self._config.cached_token_weight * usage.cached_tokens)
         counts = (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
-        args: list[str | int] = [reservation.reservation_id, self._window_us, self._memory_us, counted, model, *counts]
+        cost = reservation.price.cost(usage)
+        args: list[str | int] = [reservation.reservation_id, self._window_us, self._memory_us, counted, cost, model]
+        args += counts
         names = ("ending", "reservation_id", "tenant", "model", "prompt_tokens", "completion_tokens", "cached_tokens")
         values = ("settle", reservation.reservation_id, reservation.tenant, model, *counts)
-        ending = Ending(SETTLE, TenantKeys(reservation.tenant).ledger, args, dict(zip(names, values, strict=True)))
+        ending = Ending(SETTLE, _keys(reservation), args, dict(zip(names, values, strict=True)))
         if await self._end(reservation, ending):
             self._observer.settled(reservation.tenant, model, usage)
 
@@ -167,19 +204,25 @@ class Ledger:
 
     async def snapshot(self, tenant: str) -> Snapshot:
         """What counts for a tenant now, of all routers."""
-        reply = await self._redis.run_script(SNAPSHOT, TenantKeys(tenant).ledger, (self._window_us,))
-        requests, tokens, concurrency, _ = (int(number or 0) for number in reply)
-        return Snapshot(requests, tokens, concurrency)
+        balance = await self.balance(tenant)
+        return Snapshot(balance.requests, balance.tokens, balance.concurrency)
+
+    async def balance(self, tenant: str, *, model: str = "", key_id: str = "") -> Balance:
+        """What counts now in the account of a model, of a key, or of the tenant when neither is given."""
+        keys = TenantKeys(tenant).account(model, key_id)
+        return Balance.parse(await self._redis.run_script(SNAPSHOT, keys, (self._window_us,)))
 
     async def renew_leases(self) -> None:
         """Renews what this router holds; called every third of a lease."""
-        ids_of: dict[str, list[str]] = defaultdict(list)
+        held_in: dict[tuple[str, ...], list[Reservation]] = defaultdict(list)
         for reservation in self._open.values():
-            ids_of[reservation.tenant].append(reservation.reservation_id)
-        for tenant, ids in ids_of.items():
-            for start in range(0, len(ids), _MAX_RENEWALS_PER_SCRIPT):
-                args: list[str | int] = [self._lease_us, *ids[start : start + _MAX_RENEWALS_PER_SCRIPT]]
-                await self._redis.run_script(RENEW, TenantKeys(tenant).ledger, args)
+            held_in[_keys(reservation)].append(reservation)
+        for keys, held in held_in.items():
+            for start in range(0, len(held), _MAX_RENEWALS_PER_SCRIPT):
+                args: list[str | int] = [self._lease_us]
+                for each in held[start : start + _MAX_RENEWALS_PER_SCRIPT]:
+                    args += (each.reservation_id, each.tokens, each.money)
+                await self._redis.run_script(RENEW, keys, args)
 
     async def keep_leases(self) -> None:
         """Renews leases until cancelled."""
@@ -194,7 +237,7 @@ class Ledger:
     def _refund_ending(self, reservation: Reservation) -> Ending:
         args = (reservation.reservation_id, self._window_us, self._memory_us)
         fields = {"ending": "refund", "reservation_id": reservation.reservation_id, "tenant": reservation.tenant}
-        return Ending(REFUND, TenantKeys(reservation.tenant).ledger, args, fields)
+        return Ending(REFUND, _keys(reservation), args, fields)
 
     async def _end(self, reservation: Reservation, ending: Ending) -> bool:
         """True for the first ending of a reservation of this router."""
@@ -211,6 +254,11 @@ class Ledger:
     def _defer(self, ending: Ending) -> None:
         self.endings.put(ending)
         self._observer.ending_deferred()
+
+
+def _keys(reservation: Reservation) -> tuple[str, ...]:
+    """KEYS of the scripts: all accounts in which it counts."""
+    return TenantKeys(reservation.tenant).ledger_of(reservation.model, reservation.key_id)
 
 
 def _microseconds(seconds: float) -> int:

@@ -2,31 +2,19 @@
 
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.tenancy.keyspace import TENANTS, TenantKeys
+from rempart_platform.tenancy.limits import MAX_LIMIT, LimitChange, LimitSet, TenantLimits
 from rempart_platform.tenancy.lua import load_script
 from rempart_platform.tenancy.redis_client import RedisClient
 
+__all__ = ["MAX_LIMIT", "Tenant", "TenantLimits", "TenantRegistry"]
+
 _CREATE = load_script("create_tenant")
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
-# Sums of a window stay exact in Lua, whose numbers are doubles.
-MAX_LIMIT = 10**12
-
-
-@dataclass(frozen=True, slots=True)
-class TenantLimits:
-    """What a tenant may use. None: the router's default; 0: unlimited."""
-
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    concurrency: int | None = None
-
-    def only_set(self) -> dict[str, int]:
-        values = {limit.name: getattr(self, limit.name) for limit in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +24,10 @@ class Tenant:
     name: str
     limits: TenantLimits
     created_s: int
+    plan: str = ""
+    """Whose limits it inherits; "" for none."""
+    of_models: Mapping[str, TenantLimits] = field(default_factory=dict)
+    """Limits of its use of single models."""
 
 
 class TenantRegistry:
@@ -51,13 +43,16 @@ class TenantRegistry:
         self._redis = redis
         self._clock = clock
 
-    async def create(self, name: str, limits: TenantLimits) -> Tenant:
+    async def create(self, name: str, limits: TenantLimits, plan: str = "") -> Tenant:
+        """Makes a tenant. The caller has checked that the plan exists."""
         _check_name(name)
-        _check_limits(limits)
-        tenant = Tenant(name, limits, int(self._clock()))
+        stored: dict[str, str | int] = dict(LimitChange(limits).written())
+        if plan:
+            stored["plan"] = plan
+        tenant = Tenant(name, limits, int(self._clock()), plan)
         # Listed first and made second: a crash in between leaves a name that `list` skips and `create` may use.
         await self._redis.call(lambda redis: redis.sadd(TENANTS, name))
-        arguments = [tenant.created_s, *(part for limit in limits.only_set().items() for part in limit)]
+        arguments = [tenant.created_s, *(part for pair in stored.items() for part in pair)]
         (is_new,) = await self._redis.run_script(_CREATE, TenantKeys(name).ledger, arguments)
         if not is_new:
             raise RempartError(ErrorKind.ALREADY_EXISTS, f"The tenant '{name}' exists already.", param="name")
@@ -79,18 +74,34 @@ class TenantRegistry:
 
     async def set_limits(self, name: str, limits: TenantLimits) -> Tenant:
         """Changes the limits that are not None and keeps the others."""
-        _check_limits(limits)
+        return await self.change(name, LimitChange(limits))
+
+    async def change(self, name: str, *changes: LimitChange) -> Tenant:
+        """Changes what the changes name and keeps the rest."""
         await self.get(name)
-        if limits.only_set():
-            await self._redis.write_hash(TenantKeys(name).tenant, limits.only_set())
+        removed = [each for change in changes for each in change.removed()]
+        written = {each: value for change in changes for each, value in change.written().items()}
+        if removed:
+            await self._redis.call(lambda redis: redis.hdel(TenantKeys(name).tenant, *removed))
+        if written:
+            await self._redis.write_hash(TenantKeys(name).tenant, written)
+        return await self.get(name)
+
+    async def set_plan(self, name: str, plan: str) -> Tenant:
+        """Gives a tenant another plan, or none with "". The caller has checked that the plan exists."""
+        await self.get(name)
+        if plan:
+            await self._redis.write_hash(TenantKeys(name).tenant, {"plan": plan})
+        else:
+            await self._redis.call(lambda redis: redis.hdel(TenantKeys(name).tenant, "plan"))
         return await self.get(name)
 
     async def _load(self, name: str) -> Tenant | None:
         stored = await self._redis.read_hash(TenantKeys(name).tenant)
         if "created_s" not in stored:
             return None
-        limits = {limit.name: int(stored[limit.name]) for limit in fields(TenantLimits) if limit.name in stored}
-        return Tenant(name, TenantLimits(**limits), int(stored["created_s"]))
+        limits = LimitSet.parse(stored)
+        return Tenant(name, limits.own, int(stored["created_s"]), stored.get("plan", ""), limits.of_models)
 
 
 def _check_name(name: str, param: str = "name") -> None:
@@ -100,11 +111,3 @@ def _check_name(name: str, param: str = "name") -> None:
             "A tenant's name has 1 to 63 characters: lower-case letters, digits and '-', starting with a letter.",
             param=param,
         )
-
-
-def _check_limits(limits: TenantLimits) -> None:
-    for name, value in limits.only_set().items():
-        if not 0 <= value <= MAX_LIMIT:
-            raise RempartError(
-                ErrorKind.INVALID_REQUEST, f"'{name}' must be between 0 and {MAX_LIMIT}.", param=f"limits.{name}"
-            )

@@ -20,6 +20,8 @@ class UsageRecord:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    cost_nanos: int = 0
+    """Billionths of the currency, at the prices of their time."""
 
 
 class UsageReader:

@@ -8,11 +8,13 @@ if not mark_settled(id, memory_us) then
   return { 0, now_us }
 end
 
-sweep_window(window_us)
-local held = redis.call('HGET', amounts_key, id)
-if held then
-  redis.call('ZREM', window_key, id)
-  redis.call('HDEL', amounts_key, id)
-  redis.call('DECRBY', spent_key, held)
+for _, account in ipairs(accounts) do
+  sweep_window(account, window_us)
+  local held = redis.call('HGET', account.amounts, id)
+  if held then
+    redis.call('ZREM', account.window, id)
+    redis.call('HDEL', account.amounts, id)
+    redis.call('DECRBY', account.spent, held)
+  end
 end
 return { 1, now_us }

@@ -1,0 +1,127 @@
+"""What may be limited, and where each limit is kept.
+
+A request counts in up to three accounts: its tenant's, that of its model within the tenant, and its key's. It must fit
+all of them, so a key or a model may be narrower than its tenant, never wider. In each account the most specific value
+that is set holds:
+
+    tenant's account         tenant ─► its plan ─► the router's default
+    account of its model     tenant's limits of the model ─► its plan's limits of the model ─► unlimited
+    key's account            key ─► unlimited
+
+A hash keeps them under these fields: "<limit>", "model <limit> <model>", "key <limit> <key id>".
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+
+from rempart_platform.errors import ErrorKind, RempartError
+
+# Sums stay exact in Lua, whose numbers are doubles.
+MAX_LIMIT = 10**12
+MAX_MONEY = 10**15
+"""A million of the currency."""
+
+
+@dataclass(frozen=True, slots=True)
+class TenantLimits:
+    """What may be used. None: inherited; 0: unlimited. Money is in billionths of the operator's currency."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrency: int | None = None
+    concurrent_tokens: int | None = None
+    """Tokens in flight, each request at its worst case."""
+    tokens_per_day: int | None = None
+    """Days and months are UTC's."""
+    tokens_per_month: int | None = None
+    money_per_day: int | None = None
+    money_per_month: int | None = None
+
+    def only_set(self) -> dict[str, int]:
+        values = {limit: getattr(self, limit) for limit in LIMITS}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def inherit(self, other: "TenantLimits") -> "TenantLimits":
+        """These, and the other's where these are not set."""
+        return TenantLimits(**{**other.only_set(), **self.only_set()})
+
+    def numbers(self) -> list[int]:
+        """All limits in order; 0 where none is set."""
+        return [getattr(self, limit) or 0 for limit in LIMITS]
+
+
+LIMITS = tuple(limit.name for limit in fields(TenantLimits))
+"""Names of all limits, in the order of `scripts/reserve.lua`."""
+
+
+@dataclass(frozen=True, slots=True)
+class LimitChange:
+    """What to change of stored limits; all others stay.
+
+    Raises:
+        RempartError: INVALID_REQUEST when a value is out of range, or a name of `unset` is no limit.
+    """
+
+    limits: TenantLimits = TenantLimits()
+    """Those that are set take these values."""
+    unset: tuple[str, ...] = ()
+    """Names of limits that are to be inherited again."""
+    model: str = ""
+    """Of this model; "" for all together."""
+
+    def __post_init__(self) -> None:
+        for name, value in self.limits.only_set().items():
+            largest = MAX_MONEY if name.startswith("money") else MAX_LIMIT
+            if not 0 <= value <= largest:
+                text = f"'{name}' must be between 0 and {largest}."
+                raise RempartError(ErrorKind.INVALID_REQUEST, text, param=f"limits.{name}")
+        for name in self.unset:
+            if name not in LIMITS:
+                raise RempartError(ErrorKind.INVALID_REQUEST, f"There is no limit '{name[:63]}'.", param="unset")
+
+    def written(self) -> dict[str, int]:
+        """Fields to set."""
+        return {_model_field(name, self.model): value for name, value in self.limits.only_set().items()}
+
+    def removed(self) -> list[str]:
+        """Fields to delete."""
+        return [_model_field(name, self.model) for name in self.unset]
+
+
+@dataclass(frozen=True, slots=True)
+class LimitSet:
+    """The limits of a tenant or of a plan."""
+
+    own: TenantLimits = TenantLimits()
+    of_models: Mapping[str, TenantLimits] = field(default_factory=dict)
+
+    @staticmethod
+    def parse(stored: Mapping[str, str]) -> "LimitSet":
+        """The limits in a stored hash."""
+        own = {name: int(stored[name]) for name in LIMITS if name in stored}
+        of_models: dict[str, dict[str, int]] = defaultdict(dict)
+        for name, value in stored.items():
+            if name.startswith("model "):
+                # The model comes last, because only it may hold a space.
+                _, limit, model = name.split(" ", 2)
+                of_models[model][limit] = int(value)
+        models = {model: TenantLimits(**limits) for model, limits in sorted(of_models.items())}
+        return LimitSet(TenantLimits(**own), models)
+
+    def of_model(self, model: str) -> TenantLimits:
+        return self.of_models.get(model, TenantLimits())
+
+    def changes(self) -> Iterable[LimitChange]:
+        """What makes these limits of none."""
+        yield LimitChange(self.own)
+        for model, limits in self.of_models.items():
+            yield LimitChange(limits, model=model)
+
+
+def key_limit_field(limit: str, key_id: str) -> str:
+    return f"key {limit} {key_id}"
+
+
+def _model_field(limit: str, model: str) -> str:
+    return f"model {limit} {model}" if model else limit
