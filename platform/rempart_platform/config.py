@@ -23,6 +23,7 @@ from rempart_platform.chat.format import CHAT_FORMATS
 from rempart_platform.endpoints.session import SessionConfig
 from rempart_platform.endpoints.static import parse_addresses
 from rempart_platform.request_limits import RequestLimits
+from rempart_platform.tenancy.queue_values import QueueConfig
 from rempart_platform.tenancy.quota import QuotaConfig
 
 _MIN_SECRET_CHARS = 16
@@ -77,6 +78,7 @@ class RouterConfig:
     grpc: GrpcLimits = GrpcLimits()
     session: SessionConfig = SessionConfig()
     quota: QuotaConfig = QuotaConfig()
+    queue: QueueConfig = QueueConfig()
 
     def __post_init__(self) -> None:
         names = [model.name for model in self.models]

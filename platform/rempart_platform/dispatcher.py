@@ -3,13 +3,14 @@
     async with dispatcher.admit(request) as generation:
         an endpoint must be ready for the model ───────────────► 503
         reserve the worst case from the tenant's quota ────────► 429 with the true wait
+        wait for room in the engines, fairly ──────────────────► 429, 503 when too many wait; 504
         generation.headers
         async for event in generation.events():
         ┌─► pick an endpoint ── in-flight +1
         │   session.generate ── token events ──► text without stop strings ──► Delta*, Finished of each choice
         └── engine unavailable and nothing delivered yet: once more, elsewhere
             settle ──► Usage
-    unwind:  abort what still runs, in-flight -1 · settle what was delivered · metrics · one log line
+    unwind:  abort what still runs, in-flight -1 · give back the place · settle what was delivered · metrics · log line
 
 Only tokens whose event the front end has taken are charged; the prompt is charged once the engine has begun.
 """
@@ -29,6 +30,7 @@ from rempart_platform.models import ModelCatalog
 from rempart_platform.request_log import log_request
 from rempart_platform.request_output import RequestOutput
 from rempart_platform.request_trace import RequestTrace
+from rempart_platform.tenancy.queue_values import Place, QueueRequest
 from rempart_platform.tenancy.reservation import Reservation
 from rempart_protos.v1 import engine_pb2
 
@@ -46,6 +48,16 @@ class QuotaLedger(Protocol):
 
     async def refund(self, reservation: Reservation) -> None:
         """Ends the reservation as if it had never been made, even when it is cancelled."""
+
+
+class RequestQueue(Protocol):
+    """What dispatch needs of the queue; `tenancy.fair_queue.FairQueue` in production."""
+
+    async def acquire(self, request: QueueRequest) -> Place:
+        """Waits for room in the engines. Raises RempartError; holds nothing then, nor when it is cancelled."""
+
+    def release(self, place: Place, usage: Usage) -> None:
+        """Gives it back with what was used. Again is harmless."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +96,7 @@ class Dispatcher:
 
     Args:
         ledger: quotas.
+        queue: where requests wait for room in the engines; None hands each to an engine at once.
         pool: endpoints.
         catalog: what turns token ids to text, by model.
         config: limits and the salt's secret.
@@ -99,9 +112,11 @@ class Dispatcher:
         catalog: ModelCatalog,
         config: DispatchConfig,
         metrics: RouterMetrics,
+        queue: RequestQueue | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ledger = ledger
+        self._queue = queue
         self._pool = pool
         self._catalog = catalog
         self._config = config
@@ -113,7 +128,7 @@ class Dispatcher:
         """Admits a request; leaving the block ends it, whatever state it is in.
 
         Raises:
-            RempartError: RATE_LIMIT_EXCEEDED, UNAVAILABLE or what else the quota says, before anything was charged.
+            RempartError: RATE_LIMIT_EXCEEDED, UNAVAILABLE or what else quota or queue say, before anything was charged.
         """
         trace = RequestTrace(request, self._clock())
         try:
@@ -127,12 +142,13 @@ class Dispatcher:
                 key_id=request.caller.key_id,
                 prompt_tokens=len(request.prompt_token_ids),
             )
+            place = await self._wait_for_room(trace, reservation)
         except BaseException as error:
             trace.failed(error)
             self._report(trace)
             raise
         self._metrics.request_admitted(trace)
-        settlement = _Settlement(self._ledger, reservation, trace)
+        settlement = _Settlement(self._ledger, reservation, self._queue, place, trace)
         events = self._relay(trace, settlement)
         try:
             yield Generation(reservation.headers, events)
@@ -144,6 +160,26 @@ class Dispatcher:
             self._metrics.request_left(trace)
             self._report(trace)
             await settlement.settle()
+
+    async def _wait_for_room(self, trace: RequestTrace, reservation: Reservation) -> Place | None:
+        """A place in the engines, where there is a queue. Without one the reservation is as if never made."""
+        if self._queue is None:
+            return None
+        request = trace.request
+        asked = QueueRequest(
+            request.request_id,
+            request.caller.tenant,
+            request.model,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            num_output_tokens=request.num_choices * request.sampling.max_tokens,
+            num_rows=request.num_choices,
+            timeout_s=self._time_left_s(trace),
+        )
+        try:
+            return await self._queue.acquire(asked)
+        except BaseException:
+            await self._ledger.refund(reservation)
+            raise
 
     async def _relay(self, trace: RequestTrace, settlement: "_Settlement") -> AsyncGenerator[GenerationEvent, None]:
         request = trace.request
@@ -187,15 +223,20 @@ class Dispatcher:
     def _engine_request(self, trace: RequestTrace) -> engine_pb2.GenerateRequest:
         request = trace.request
         attempt = len(trace.endpoints)
-        timeout_s = request.timeout_s if request.timeout_s is not None else self._config.default_timeout_s
         return engine_pb2.GenerateRequest(
             # An engine may still be busy with the attempt before; its events must not be taken for this one's.
             request_id=request.request_id if attempt == 0 else f"{request.request_id}.{attempt}",
             prompt_token_ids=request.prompt_token_ids,
             sampling=request.sampling,
-            timeout_s=max(timeout_s - (self._clock() - trace.started_s), 0.0),
+            timeout_s=self._time_left_s(trace),
             cache_salt=cache_salt(self._config.cache_secret, request.caller.tenant, request.prompt_cache_key),
         )
+
+    def _time_left_s(self, trace: RequestTrace) -> float:
+        timeout_s = trace.request.timeout_s
+        if timeout_s is None:
+            timeout_s = self._config.default_timeout_s
+        return max(timeout_s - (self._clock() - trace.started_s), 0.0)
 
     def _report(self, trace: RequestTrace) -> None:
         trace.ended_s = self._clock()
@@ -204,11 +245,20 @@ class Dispatcher:
 
 
 class _Settlement:
-    """Ends one reservation, once."""
+    """Ends one reservation and one place in the engines, once."""
 
-    def __init__(self, ledger: QuotaLedger, reservation: Reservation, trace: RequestTrace) -> None:
+    def __init__(
+        self,
+        ledger: QuotaLedger,
+        reservation: Reservation,
+        queue: RequestQueue | None,
+        place: Place | None,
+        trace: RequestTrace,
+    ) -> None:
         self._ledger = ledger
         self._reservation = reservation
+        self._queue = queue
+        self._place = place
         self._trace = trace
         self._is_settled = False
 
@@ -217,6 +267,8 @@ class _Settlement:
         if self._is_settled:
             return
         self._is_settled = True
+        if self._queue is not None and self._place is not None:
+            self._queue.release(self._place, self._trace.usage)  # first, for somebody may wait for it
         if self._trace.was_never_served:
             await self._ledger.refund(self._reservation)
         else:

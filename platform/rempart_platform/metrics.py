@@ -13,11 +13,13 @@ from prometheus_client.registry import Collector
 from rempart_platform.endpoints.load import EndpointState
 from rempart_platform.generation import Usage
 from rempart_platform.request_trace import RequestTrace
+from rempart_platform.tenancy.queue_values import QueueSnapshot
 
 _PREFIX = "rempart_router_"
 _FAST_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)
 _TPOT_S = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+_WAIT_S = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 _E2E_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0)
 _TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
@@ -53,8 +55,11 @@ class RouterMetrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(_PREFIX + name, text, labels, registry=registry)
 
-        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
-            return Histogram(_PREFIX + name, text, ("model",), registry=registry, buckets=buckets)
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(_PREFIX + name, text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+            return Histogram(_PREFIX + name, text, ("model", *labels), registry=registry, buckets=buckets)
 
         self._requests = counter("requests", "Requests that ended, by how.", "model", "tenant", "outcome")
         self._rejections = counter("rejections", "Requests refused before an engine saw them.", "model", "reason")
@@ -65,9 +70,17 @@ class RouterMetrics:
         self._cached_tokens = counter("cached_tokens", "Prompt tokens found in the prefix cache.", "model", "tenant")
         self._quota_tokens = counter("quota_tokens", "Tokens of quotas, by what became of them.", "tenant", "state")
         self._quota_events = counter("quota_events", "What befell reservations.", "event")
-        self._in_flight = Gauge(
-            _PREFIX + "requests_in_flight", "Requests admitted and not ended.", ("model",), registry=registry
+        self._in_flight = gauge("requests_in_flight", "Requests admitted and not ended.", "model")
+        self._queue_waiting = gauge("queue_waiting_requests", "This router's requests that wait.", "model", "tenant")
+        self._queue_wait = histogram("queue_wait_seconds", "Wait for room in the engines.", _WAIT_S, "tenant")
+        self._queue_events = counter("queue_events", "What befell requests in the fair queue.", "model", "event")
+        self._queue_depth = gauge("queue_depth", "Requests of all routers that wait.", "model", "class")
+        self._queue_lag = gauge(
+            "queue_virtual_time_lag", "Tokens per weight between the first and the last tenant.", "model", "class"
         )
+        self._queue_granted = gauge("queue_granted", "Room of the engines that is granted.", "model", "unit")
+        self._queue_room = gauge("queue_capacity", "Room of the engines.", "model", "unit")
+        self._queue_jain = gauge("queue_jain_index", "Of tokens per weight served in a minute, all tenants.", "model")
         self._queue_time = histogram("queue_time_seconds", "From arrival to the hand-over to an endpoint.", _FAST_S)
         self._dispatch_time = histogram(
             "dispatch_time_seconds", "From the hand-over to the engine's first event.", _TTFT_S
@@ -126,6 +139,57 @@ class RouterMetrics:
 
     def count_quota_event(self, event: str, count: int = 1) -> None:
         self._quota_events.labels(event).inc(count)
+
+    def queue_entered(self, tenant: str, model: str) -> None:
+        self._queue_waiting.labels(model, self._tenant(tenant)).inc()
+
+    def queue_left(self, tenant: str, model: str) -> None:
+        """The counterpart of `queue_entered`."""
+        self._queue_waiting.labels(model, self._tenant(tenant)).dec()
+
+    def queue_granted(self, tenant: str, model: str, waited_s: float) -> None:
+        self._queue_wait.labels(model, self._tenant(tenant)).observe(waited_s)
+
+    def count_queue_event(self, model: str, event: str, count: int = 1) -> None:
+        self._queue_events.labels(model, event).inc(count)
+
+    def queue_stands(self, model: str, snapshot: QueueSnapshot) -> None:
+        """How the queue of all routers stands; each of them tells the same."""
+        for queue_class, part in snapshot.classes.items():
+            self._queue_depth.labels(model, queue_class.name.lower()).set(part.num_waiting)
+            self._queue_lag.labels(model, queue_class.name.lower()).set(part.lag)
+        for unit, granted, room in (
+            ("rows", snapshot.rows, snapshot.max_rows),
+            ("tokens", snapshot.tokens, snapshot.max_tokens),
+        ):
+            self._queue_granted.labels(model, unit).set(granted)
+            self._queue_room.labels(model, unit).set(room)
+        self._queue_jain.labels(model).set(snapshot.jain)
+
+
+class QueueMetrics:
+    """The fair queue's observer."""
+
+    def __init__(self, metrics: RouterMetrics) -> None:
+        self._metrics = metrics
+
+    def entered(self, tenant: str, model: str) -> None:
+        self._metrics.queue_entered(tenant, model)
+
+    def left(self, tenant: str, model: str) -> None:
+        self._metrics.queue_left(tenant, model)
+
+    def granted(self, tenant: str, model: str, waited_s: float) -> None:
+        self._metrics.queue_granted(tenant, model, waited_s)
+
+    def refused(self, tenant: str, model: str, reason: str) -> None:
+        self._metrics.count_queue_event(model, f"refused_{reason}")
+
+    def swept(self, model: str, count: int) -> None:
+        self._metrics.count_queue_event(model, "swept", count)
+
+    def looked(self, model: str, snapshot: QueueSnapshot) -> None:
+        self._metrics.queue_stands(model, snapshot)
 
 
 class QuotaMetrics:

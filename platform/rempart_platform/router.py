@@ -17,14 +17,17 @@ from rempart_platform.apis.openai import build_app
 from rempart_platform.apis.services import ApiServices
 from rempart_platform.config import RouterConfig, RouterSecrets
 from rempart_platform.dispatcher import DispatchConfig, Dispatcher
+from rempart_platform.endpoints.capacity import Capacity, capacity_of
 from rempart_platform.endpoints.load import EndpointState
 from rempart_platform.endpoints.pool import EnginePool
-from rempart_platform.metrics import EndpointCollector, QuotaMetrics, RouterMetrics
+from rempart_platform.metrics import EndpointCollector, QueueMetrics, QuotaMetrics, RouterMetrics
 from rempart_platform.model_sync import load_catalog, sync_model
 from rempart_platform.models import ModelCatalog
 from rempart_platform.readiness import Readiness
 from rempart_platform.servers import grpc_server, http_server, metrics_server
 from rempart_platform.tenancy.api_keys import AdminAuthenticator, ApiKeyStore, Authenticator, KeyHasher
+from rempart_platform.tenancy.fair_queue import FairQueue, open_fair_queue
+from rempart_platform.tenancy.queue_values import QueueConfig
 from rempart_platform.tenancy.quota import open_ledger
 from rempart_platform.tenancy.redis_client import RedisClient, RedisConfig, connect_redis
 from rempart_platform.tenancy.tenants import TenantRegistry
@@ -53,6 +56,7 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
         ledger = await stack.enter_async_context(open_ledger(redis, config.quota, QuotaMetrics(metrics)))
         pool, readiness = _build_pool(config, catalog)
         registry.register(EndpointCollector(pool.states))
+        queue = await stack.enter_async_context(_open_queue(redis, config.queue, metrics, pool))
         hasher = KeyHasher(secrets.key_pepper)
         keys = ApiKeyStore(redis, hasher)
         dispatch = DispatchConfig(
@@ -61,7 +65,9 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
         services = ApiServices(
             authenticator=Authenticator(keys, hasher),
             catalog=catalog,
-            dispatcher=Dispatcher(ledger=ledger, pool=pool, catalog=catalog, config=dispatch, metrics=metrics),
+            dispatcher=Dispatcher(
+                ledger=ledger, queue=queue, pool=pool, catalog=catalog, config=dispatch, metrics=metrics
+            ),
             limits=config.limits,
             http=config.http,
             is_ready=readiness.is_ready,
@@ -99,6 +105,20 @@ def _build_pool(config: RouterConfig, catalog: ModelCatalog) -> tuple[EnginePool
     pool = EnginePool(config.engines, config.session, random.Random(), take_change)
     readiness = Readiness(lambda: any(pool.can_serve(model.name) for model in catalog.all()))
     return pool, readiness
+
+
+@asynccontextmanager
+async def _open_queue(
+    redis: RedisClient, config: QueueConfig, metrics: RouterMetrics, pool: EnginePool
+) -> AsyncIterator[FairQueue | None]:
+    def capacity(model: str) -> Capacity:
+        return capacity_of(pool.states(), model, config.capacity)
+
+    if config.mode == "off":
+        yield None
+    else:
+        async with open_fair_queue(redis, config, QueueMetrics(metrics), capacity) as queue:
+            yield queue
 
 
 def _build_admin(redis: RedisClient, keys: ApiKeyStore, secrets: RouterSecrets) -> AdminServicer:

@@ -1,6 +1,7 @@
 """The Lua scripts of this package: one file is one transition, which Redis runs as a whole or not at all.
 
-`ledger.lua` holds the functions that all of them share; Redis has no `require`, so it is put before each text.
+`ledger.lua` holds the functions that those of the ledger share, `queue_common.lua` those of the fair queue; Redis has
+no `require`, so it is put before each text.
 """
 
 import hashlib
@@ -17,14 +18,15 @@ class Script:
     sha1: str
 
 
-def load_script(name: str, *, runs_when_memory_is_full: bool = False) -> Script:
+def load_script(name: str, *, shared: str = "ledger", runs_when_memory_is_full: bool = False) -> Script:
     """Reads `scripts/<name>.lua`.
 
     Args:
+        shared: name of the text that is put before it.
         runs_when_memory_is_full: for scripts that give back or settle; without them a full Redis could not recover.
     """
     folder = resources.files("rempart_platform.tenancy") / "scripts"
     flags = "#!lua flags=allow-oom\n" if runs_when_memory_is_full else "#!lua\n"
-    text = flags + (folder / "ledger.lua").read_text() + (folder / f"{name}.lua").read_text()
+    text = flags + (folder / f"{shared}.lua").read_text() + (folder / f"{name}.lua").read_text()
     # SHA-1 is Redis's name for a script, not a protection.
     return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())

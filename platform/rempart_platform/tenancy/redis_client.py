@@ -72,6 +72,8 @@ class RedisClient:
         self._redis = redis
         self._breaker = breaker
         self._retry_after_s = config.open_s
+        self.timeout_s = config.timeout_s
+        """For an answer; an operation that blocks must end before."""
         # A burst waits here and not in the pool: when Redis hangs, those who wait then meet the open breaker.
         self._places = asyncio.Semaphore(config.max_connections)
 

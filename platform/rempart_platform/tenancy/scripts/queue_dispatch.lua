@@ -1,0 +1,19 @@
+-- Says that a router lives, what room it sees, and grants what has room. Called steadily by every router: the net under
+-- everything that may get lost between Redis and a router.
+-- ARGV: router, lease_us, its capacity: rows, tokens, lasts_us; age_us
+-- Reply: 1 when the router was known, 0 when what it held may be lost; how many were granted; entries and leases
+--        swept; then id and fence of each of its leases
+local router, lease_us = ARGV[1], tonumber(ARGV[2])
+
+local was_living = is_living(router)
+redis.call('ZADD', routers_key, integer(now_us + lease_us), router)
+tell_capacity(tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]))
+local num_swept = sweep()
+promote(tonumber(ARGV[6]))
+local reply = { was_living and 1 or 0, dispatch(), num_swept }
+for _, member in ipairs(redis.call('ZRANGEBYLEX', owned_key, '[' .. router .. ' g ', '(' .. router .. ' g!')) do
+  local id, fence = string.match(member, '^%S+ g (%S+) (%d+)$')
+  reply[#reply + 1] = id
+  reply[#reply + 1] = fence
+end
+return reply
