@@ -217,9 +217,9 @@ def cut(target: Target, numbers: Numbers, x_bytes: int, num_assignments: int, nu
     num_tokens = -(-num_assignments // num_experts)
     num_products = 0 if numbers in ("float32", "bfloat16") else 1
     # Whole groups of hidden channels are quantized where they are computed, which leaves room for half the tokens.
-    # So does decoding e4m3 by arithmetic.
+    # So do weights in registers beside the sums of mma.sync.
     rows = 128 if x_bytes == 1 else 64
-    most_tokens = 64 if numbers == "fp8" else 128
+    most_tokens = 128 if num_products == 0 or (target.has_fp8 and numbers != "fp8") else 64
     gate_up = tiles_for(
         target,
         numbers,
