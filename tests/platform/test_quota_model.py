@@ -20,7 +20,7 @@ from rempart_platform.tenancy.reservation import ReserveReply
 from rempart_platform.tenancy.testing import own_redis
 
 WINDOW_US, LEASE_US, MEMORY_US = 20_000, 8_000, 900_000_000
-UNLIMITED = ("", "", "", *[0] * 16)
+UNLIMITED: tuple[str | int, ...] = ("", "", "", *[0] * 16)
 """No plan, no model, no key, and nothing inherited."""
 
 
