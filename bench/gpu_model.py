@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from bench.dsa_check import WrongAnswerError
@@ -21,7 +20,7 @@ from rempart_engine.core.scheduler import Scheduler
 from rempart_engine.core.step import StepPlan, StepResult
 from rempart_engine.core_process import scheduler_config
 from rempart_engine.model.deepseek.config import DeepseekConfig
-from rempart_engine.runner import load_runner
+from rempart_engine.runner import runner_of
 
 _LEAST_AGREEING = 0.75
 """Of the last tokens that a prompt's computation gives again: sums differ in order, and near ties may turn."""
@@ -105,8 +104,7 @@ def _load(model: DeepseekConfig, sizes: Sizes, part: Slice, device: torch.device
         enable_prefix_cache=False,
         num_blocks=(batch + 1) * -(-length // BLOCK_SIZE),
     )
-    with patch("rempart_engine.runner.open_weights", return_value=RandomFolder(model, device)):
-        return load_runner(config, lambda _: None), config
+    return runner_of(RandomFolder(model, device), config, lambda _: None), config
 
 
 def _measured(

@@ -16,6 +16,8 @@ _SPIN_COUNT = "1000"
 """OpenMP threads that wait for one another by spinning take a shared core from the very thread they wait for:
 measured 20 to 60 times slower, where not spinning costs a fifth at most. An engine with cores of its own may set one
 of these variables itself."""
+_FUSION = {"TRITON_DEFAULT_FP_FUSION": "1"}
+"""Triton's default changes from version to version: here a product and a sum are fused, as kernels are compiled in CI."""
 
 
 class CoreClient:
@@ -74,4 +76,4 @@ class CoreClient:
 def core_environ(environ: Mapping[str, str], num_threads: int) -> dict[str, str]:
     """The front's environment, with what numerical libraries read from it."""
     waits = {} if any(name in environ for name in _WAIT_VARIABLES) else {"GOMP_SPINCOUNT": _SPIN_COUNT}
-    return {**environ, **waits, **dict.fromkeys(_THREAD_VARIABLES, str(num_threads))}
+    return {**_FUSION, **environ, **waits, **dict.fromkeys(_THREAD_VARIABLES, str(num_threads))}

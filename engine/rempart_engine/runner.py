@@ -20,7 +20,7 @@ from rempart_engine.model.errors import ModelError
 from rempart_engine.model.network import Network, load_network
 from rempart_engine.model.precision import precision_named
 from rempart_engine.model.weights.deepseek_folder import DeepseekFolder
-from rempart_engine.model.weights.source import open_weights
+from rempart_engine.model.weights.source import WeightsSource, open_weights
 from rempart_engine.placement import placement_named
 from rempart_engine.places import Places, sampling_places
 from rempart_engine.results import first_outputs, row_results, sampled_logits
@@ -118,9 +118,13 @@ def load_runner(config: EngineConfig, on_progress: Callable[[float], None]) -> L
     Raises:
         ModelError: there is no such model, it is not one that can be served, or not even one KV block fits.
     """
+    return runner_of(open_weights(config.model), config, on_progress)
+
+
+def runner_of(source: WeightsSource, config: EngineConfig, on_progress: Callable[[float], None]) -> LoadedModel:
+    """The same for weights from elsewhere."""
     torch.set_num_threads(config.num_threads)
     placement = placement_named(config.device)
-    source = open_weights(config.model)
     is_fp8_checkpoint = isinstance(source, DeepseekFolder) and source.config.fp8 is not None
     precision = precision_named(config.dtype, placement, is_fp8_checkpoint=is_fp8_checkpoint)
     _log.info(str(placement), extra={"device": str(placement.device), "dtype": precision.name})
