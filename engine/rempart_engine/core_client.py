@@ -17,7 +17,7 @@ _SPIN_COUNT = "1000"
 measured 20 to 60 times slower, where not spinning costs a fifth at most. An engine with cores of its own may set one
 of these variables itself."""
 _FUSION = {"TRITON_DEFAULT_FP_FUSION": "1"}
-"""Triton's default changes from version to version: here a product and a sum are fused, as kernels are compiled in CI."""
+"""Triton's default changes from version to version: products and sums are fused here, as kernels are compiled in CI."""
 
 
 class CoreClient:
