@@ -1,78 +1,115 @@
-"""`rempart tenant`, `rempart key` and `rempart usage`: one call of `rempart.v1.Admin` each."""
+"""`rempart tenant`, `rempart key` and `rempart usage`: one or two calls of `rempart.v1.Admin` each."""
 
-import json
-import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, TypeVar
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rempart_platform.admin_console import (
+    DEFAULT_ADDRESS,
+    Address,
+    AdminKey,
+    AsJson,
+    call,
+    print_csv,
+    print_json,
+    print_table,
+    time_text,
+)
+from rempart_platform.limit_options import (
+    LIMITS,
+    Model,
+    Unset,
+    limit_cells,
+    limits_by_model,
+    limits_document,
+    with_limits,
+)
+from rempart_platform.plan_commands import plans
+from rempart_platform.tenancy.money import format_money
+
 if TYPE_CHECKING:
-    from rempart_platform.admin_client import AdminClient
     from rempart_protos.v1 import admin_pb2
 
-tenants = typer.Typer(help="Tenants and their limits.", no_args_is_help=True)
+tenants = typer.Typer(help="Tenants, their plans and limits.", no_args_is_help=True)
+tenants.add_typer(plans, name="plan")
 keys = typer.Typer(help="API keys of tenants.", no_args_is_help=True)
 
-_T = TypeVar("_T")
-_LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency")
-
-_Address = Annotated[str, typer.Option("--address", envvar="REMPART_ADDRESS", help="The router's gRPC address.")]
-_AdminKey = Annotated[str, typer.Option("--admin-key", "--key", envvar="REMPART_ADMIN_KEY", help="The admin key.")]
-_AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 _TenantName = Annotated[str, typer.Argument(help="Lower-case letters, digits and '-'.")]
-_Limit = typer.Option(min=0, help="0 is unlimited.", show_default=False)
-DEFAULT_ADDRESS = "127.0.0.1:8001"
-_PIPE_WIDTH = 1000
+_KeyId = Annotated[str, typer.Argument(help="As `key issue` and `key list` give it.")]
+_Days = Annotated[
+    float | None, typer.Option("--expires-in-days", min=0, help="When the key ends by itself.", show_default=False)
+]
+_EVERY_MODEL = "(all)"
+_DAY_S = 86_400
 
 
 @tenants.command("create")
+@with_limits
 def create_tenant(
     name: _TenantName,
-    admin_key: _AdminKey,
-    address: _Address = DEFAULT_ADDRESS,
-    requests_per_minute: Annotated[int | None, _Limit] = None,
-    tokens_per_minute: Annotated[int | None, _Limit] = None,
-    concurrency: Annotated[int | None, _Limit] = None,
-    as_json: _AsJson = False,
+    admin_key: AdminKey,
+    limits: "admin_pb2.TenantLimits",
+    address: Address = DEFAULT_ADDRESS,
+    plan: Annotated[str, typer.Option(help="Whose limits it inherits.", show_default=False)] = "",
+    as_json: AsJson = False,
 ) -> None:
-    """Make a tenant. A limit that is not given is the router's default."""
-    limits = _limits(requests_per_minute, tokens_per_minute, concurrency)
-    tenant = _call(address, admin_key, lambda admin: admin.create_tenant(name, limits))
+    """Make a tenant. A limit that is not given is the plan's, or the router's default."""
+    tenant = call(address, admin_key, lambda admin: admin.create_tenant(name, limits, plan))
     _show_tenants([tenant], _tenant_document(tenant) if as_json else None)
 
 
 @tenants.command("list")
-def list_tenants(admin_key: _AdminKey, address: _Address = DEFAULT_ADDRESS, as_json: _AsJson = False) -> None:
+def list_tenants(admin_key: AdminKey, address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """Show all tenants."""
-    found = _call(address, admin_key, lambda admin: admin.list_tenants())
+    found = call(address, admin_key, lambda admin: admin.list_tenants())
     _show_tenants(found, {"tenants": [_tenant_document(tenant) for tenant in found]} if as_json else None)
 
 
 @tenants.command("limits")
+@with_limits
 def set_limits(
     name: _TenantName,
-    admin_key: _AdminKey,
-    address: _Address = DEFAULT_ADDRESS,
-    requests_per_minute: Annotated[int | None, _Limit] = None,
-    tokens_per_minute: Annotated[int | None, _Limit] = None,
-    concurrency: Annotated[int | None, _Limit] = None,
-    as_json: _AsJson = False,
+    admin_key: AdminKey,
+    limits: "admin_pb2.TenantLimits",
+    address: Address = DEFAULT_ADDRESS,
+    model: Model = "",
+    unset: Unset = None,
+    as_json: AsJson = False,
 ) -> None:
     """Change the limits that are given, and show all of the tenant's."""
-    limits = _limits(requests_per_minute, tokens_per_minute, concurrency)
-    tenant = _call(address, admin_key, lambda admin: admin.set_limits(name, limits))
+    tenant = call(address, admin_key, lambda admin: admin.set_limits(name, limits, model, unset or ()))
+    _show_tenants([tenant], _tenant_document(tenant) if as_json else None)
+
+
+@tenants.command("move")
+def move_tenant(
+    name: _TenantName,
+    admin_key: AdminKey,
+    plan: Annotated[str, typer.Argument(help="The plan; none when not given.", show_default=False)] = "",
+    address: Address = DEFAULT_ADDRESS,
+    as_json: AsJson = False,
+) -> None:
+    """Give a tenant another plan."""
+    tenant = call(address, admin_key, lambda admin: admin.set_tenant_plan(name, plan))
     _show_tenants([tenant], _tenant_document(tenant) if as_json else None)
 
 
 @keys.command("issue")
+@with_limits
 def issue_key(
-    tenant: _TenantName, admin_key: _AdminKey, address: _Address = DEFAULT_ADDRESS, as_json: _AsJson = False
+    tenant: _TenantName,
+    admin_key: AdminKey,
+    limits: "admin_pb2.TenantLimits",
+    address: Address = DEFAULT_ADDRESS,
+    days: _Days = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Make a key. It is shown this once."""
-    issued = _call(address, admin_key, lambda admin: admin.issue_key(tenant))
+    """Make a key. It is shown this once. Limits are of its own use, beside the tenant's."""
+    issued = call(address, admin_key, lambda admin: admin.issue_key(tenant, limits, _expires_s(days)))
     if as_json:
-        _print_json({"key": issued.key, "key_id": issued.key_id, "tenant": tenant})
+        print_json({"key": issued.key, "key_id": issued.key_id, "tenant": tenant})
         return
     typer.echo(issued.key)
     typer.echo(f"This is key {issued.key_id}. It cannot be shown again.", err=True)
@@ -80,125 +117,120 @@ def issue_key(
 
 @keys.command("list")
 def list_keys(
-    tenant: _TenantName, admin_key: _AdminKey, address: _Address = DEFAULT_ADDRESS, as_json: _AsJson = False
+    tenant: _TenantName, admin_key: AdminKey, address: Address = DEFAULT_ADDRESS, as_json: AsJson = False
 ) -> None:
     """Show a tenant's keys, without their secrets."""
-    found = _call(address, admin_key, lambda admin: admin.list_keys(tenant))
-    if as_json:
-        document = [{"key_id": key.key_id, "tenant": key.tenant, "created_s": key.created_s} for key in found]
-        _print_json({"keys": document})
-        return
-    _print_table(("key id", "tenant", "created"), [(key.key_id, key.tenant, _time(key.created_s)) for key in found])
+    found = call(address, admin_key, lambda admin: admin.list_keys(tenant))
+    _show_keys(found, {"keys": [_key_document(key) for key in found]} if as_json else None)
+
+
+@keys.command("limits")
+@with_limits
+def set_key_limits(
+    key_id: _KeyId,
+    admin_key: AdminKey,
+    limits: "admin_pb2.TenantLimits",
+    address: Address = DEFAULT_ADDRESS,
+    unset: Unset = None,
+    days: _Days = None,
+    never_expires: Annotated[bool, typer.Option("--never-expires", help="Take back its expiry.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Change a key's own limits and its expiry, and show all of them. Routers notice within 5 seconds."""
+    expires_s = 0 if never_expires else _expires_s(days)
+    key = call(address, admin_key, lambda admin: admin.set_key_limits(key_id, limits, unset or (), expires_s))
+    _show_keys([key], _key_document(key) if as_json else None)
 
 
 @keys.command("revoke")
 def revoke_key(
-    key_id: Annotated[str, typer.Argument(help="As `key issue` and `key list` give it.")],
-    admin_key: _AdminKey,
-    address: _Address = DEFAULT_ADDRESS,
-    as_json: _AsJson = False,
+    key_id: _KeyId,
+    admin_key: AdminKey,
+    address: Address = DEFAULT_ADDRESS,
+    as_json: AsJson = False,
 ) -> None:
     """End a key. Routers notice within 5 seconds."""
-    _call(address, admin_key, lambda admin: admin.revoke_key(key_id))
+    call(address, admin_key, lambda admin: admin.revoke_key(key_id))
     if as_json:
-        _print_json({"key_id": key_id, "revoked": True})
+        print_json({"key_id": key_id, "revoked": True})
     else:
         typer.echo(f"Key {key_id} is revoked.")
 
 
 def show_usage(
-    admin_key: _AdminKey,
-    address: _Address = DEFAULT_ADDRESS,
+    admin_key: AdminKey,
+    address: Address = DEFAULT_ADDRESS,
     tenant: Annotated[str | None, typer.Option(help="Of this tenant alone.", show_default=False)] = None,
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
 ) -> None:
-    """Show what tenants used, per model and UTC day."""
-    records = _call(address, admin_key, lambda admin: admin.read_usage(tenant))
-    names = ("tenant", "model", "day", "requests", "prompt_tokens", "completion_tokens", "cached_tokens")
-    rows = [tuple(getattr(record, name) for name in names) for record in records]
+    """Show what tenants used and what it cost, per model and UTC day."""
+    answer = call(address, admin_key, lambda admin: admin.read_usage(tenant))
+    counts = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens")
+    names = ("tenant", "model", "day", *counts, "cost")
+    rows = [
+        (*(getattr(record, name) for name in names[:-1]), format_money(record.cost_nanos)) for record in answer.records
+    ]
     if as_json:
-        _print_json({"records": [dict(zip(names, row, strict=True)) for row in rows]})
+        records = [dict(zip(names, row, strict=True)) for row in rows]
+        print_json({"records": records, "currency": answer.currency})
+    elif as_csv:
+        print_csv((*names, "currency"), [(*row, answer.currency) for row in rows])
     else:
-        headings = ("tenant", "model", "day", "requests", "prompt", "completion", "cached")
-        _print_table(headings, [tuple(map(str, row)) for row in rows])
+        cost = f"cost {answer.currency}".rstrip()
+        headings = ("tenant", "model", "day", "requests", "prompt", "completion", "cached", cost)
+        print_table(headings, [tuple(map(str, row)) for row in rows])
 
 
-def _call(address: str, admin_key: str, act: "Callable[[AdminClient], Awaitable[_T]]") -> _T:
-    """The answer; a refusal becomes one line on stderr and exit code 1."""
-    import asyncio
-
-    import grpc.aio
-
-    from rempart_platform.admin_client import open_admin
-    from rempart_platform.rpc_failure import describe
-
-    async def run() -> _T:
-        async with open_admin(address, admin_key.strip()) as admin:
-            return await act(admin)
-
-    try:
-        return asyncio.run(run())
-    except grpc.aio.AioRpcError as error:
-        typer.echo(f"rempart: {describe(error, address)}", err=True)
-        raise typer.Exit(1) from None
-
-
-def _limits(
-    requests_per_minute: int | None, tokens_per_minute: int | None, concurrency: int | None
-) -> "admin_pb2.TenantLimits":
-    from rempart_protos.v1 import admin_pb2
-
-    return admin_pb2.TenantLimits(
-        requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute, concurrency=concurrency
-    )
+def _expires_s(days: float | None) -> int | None:
+    return None if days is None else int(time.time() + days * _DAY_S)
 
 
 def _tenant_document(tenant: "admin_pb2.Tenant") -> dict[str, object]:
-    """A limit of null is the router's default."""
-    values = dict.fromkeys(_LIMITS) | {field.name: value for field, value in tenant.limits.ListFields()}
-    return {"name": tenant.name, "limits": values, "created_s": tenant.created_s}
+    """A limit of null is inherited."""
+    return {
+        "name": tenant.name,
+        "plan": tenant.plan or None,
+        "limits": limits_document(tenant.limits),
+        "models": limits_by_model(tenant.model_limits),
+        "created_s": tenant.created_s,
+    }
 
 
 def _show_tenants(found: "Sequence[admin_pb2.Tenant]", document: Mapping[str, object] | None) -> None:
     """As JSON when there is a document."""
     if document is not None:
-        _print_json(document)
+        print_json(document)
         return
     rows = []
     for tenant in found:
-        set_limits = {field.name: value for field, value in tenant.limits.ListFields()}
-        shown = (_shown_limit(set_limits.get(name)) for name in _LIMITS)
-        rows.append((tenant.name, *shown, _time(tenant.created_s)))
-    _print_table(("tenant", "requests/min", "tokens/min", "concurrency", "created"), rows)
+        inherited = "plan" if tenant.plan else "default"
+        cells = limit_cells(tenant.limits, inherited)
+        rows.append((tenant.name, tenant.plan or "-", _EVERY_MODEL, *cells, time_text(tenant.created_s)))
+        rows += [(tenant.name, "", each.model, *limit_cells(each.limits, "-"), "") for each in tenant.model_limits]
+    print_table(("tenant", "plan", "model", *LIMITS.values(), "created"), rows)
 
 
-def _shown_limit(limit: int | None) -> str:
-    match limit:
-        case None:
-            return "default"
-        case 0:
-            return "unlimited"
-        case _:
-            return str(limit)
+def _key_document(key: "admin_pb2.ApiKey") -> dict[str, object]:
+    return {
+        "key_id": key.key_id,
+        "tenant": key.tenant,
+        "created_s": key.created_s,
+        "expires_s": key.expires_s or None,
+        "limits": limits_document(key.limits),
+    }
 
 
-def _time(seconds: int) -> str:
-    from datetime import UTC, datetime
-
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def _print_json(document: Mapping[str, object]) -> None:
-    sys.stdout.write(json.dumps(document) + "\n")
-
-
-def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*headings, box=box.SIMPLE)
-    for row in rows:
-        table.add_row(*row)
-    # What goes into a pipe is not cut to the width of a terminal that is not there.
-    Console(markup=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
+def _show_keys(found: "Sequence[admin_pb2.ApiKey]", document: Mapping[str, object] | None) -> None:
+    """As JSON when there is a document."""
+    if document is not None:
+        print_json(document)
+        return
+    rows = [
+        (
+            *(key.key_id, key.tenant, *limit_cells(key.limits, "-")),
+            *(time_text(key.created_s), time_text(key.expires_s) if key.expires_s else "never"),
+        )
+        for key in found
+    ]
+    print_table(("key id", "tenant", *LIMITS.values(), "created", "expires"), rows)

@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from rempart_platform import admin_commands
+from rempart_platform import admin_commands, plan_commands
+from rempart_platform.admin_console import DEFAULT_ADDRESS
 from rempart_platform.plan.command import show_plan
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(admin_commands.tenants, name="tenant")
 app.add_typer(admin_commands.keys, name="key")
+app.add_typer(plan_commands.prices, name="price")
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 _ENGINE_OPTIONS = "Options of every engine"
@@ -148,7 +150,7 @@ def chat(
     key: Annotated[str, typer.Option(envvar="REMPART_API_KEY", help="The API key.")],
     address: Annotated[
         str, typer.Option(envvar="REMPART_ADDRESS", help="The router's gRPC address.")
-    ] = admin_commands.DEFAULT_ADDRESS,
+    ] = DEFAULT_ADDRESS,
     model: Annotated[str | None, typer.Option(help="The router's first when not given.", show_default=False)] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.", show_default=False)] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.", show_default=False)] = None,

@@ -70,6 +70,8 @@ class RouterConfig:
     """gRPC calls at a time; further ones are refused."""
     max_tenant_labels: int = 500
     """Tenants that metrics name; further ones count as "other"."""
+    tenants_file: str = ""
+    """Plans, tenants and prices to begin with, TOML or JSON; see `tenancy/seed.py`."""
     redis_timeout_s: float = 0.25
     redis_max_connections: int = 64
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
@@ -27,9 +28,12 @@ from rempart_platform.readiness import Readiness
 from rempart_platform.servers import grpc_server, http_server, metrics_server
 from rempart_platform.tenancy.api_keys import AdminAuthenticator, ApiKeyStore, Authenticator, KeyHasher
 from rempart_platform.tenancy.fair_queue import FairQueue, open_fair_queue
+from rempart_platform.tenancy.plans import PlanRegistry
+from rempart_platform.tenancy.prices import PriceRegistry
 from rempart_platform.tenancy.queue_values import QueueConfig
 from rempart_platform.tenancy.quota import open_ledger
 from rempart_platform.tenancy.redis_client import RedisClient, RedisConfig, connect_redis
+from rempart_platform.tenancy.seed import Seed, apply_seed, read_seed
 from rempart_platform.tenancy.tenants import TenantRegistry
 from rempart_platform.tenancy.usage import UsageReader
 
@@ -46,13 +50,17 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
         stop: ends the router.
 
     Raises:
-        OSError, RuntimeError, ValueError: it cannot start: a port is taken, or a model's tokenizer cannot be read.
+        OSError, RuntimeError, ValueError: it cannot start: a port is taken, or a model's tokenizer or the tenants' file
+            cannot be read.
     """
     catalog = load_catalog(config.models, created_s=int(time.time()))
+    seed = read_seed(Path(config.tenants_file)) if config.tenants_file else None
     registry = CollectorRegistry()
     metrics = RouterMetrics(registry, config.max_tenant_labels)
     async with AsyncExitStack() as stack:
         redis = await stack.enter_async_context(connect_redis(_redis_config(config, secrets)))
+        if seed is not None:
+            await _sow(redis, seed, stop)
         ledger = await stack.enter_async_context(open_ledger(redis, config.quota, QuotaMetrics(metrics)))
         pool, readiness = _build_pool(config, catalog)
         registry.register(EndpointCollector(pool.states))
@@ -84,6 +92,15 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
         await readiness.drain()
         await asyncio.sleep(config.drain_delay_s)
         http.should_exit = True  # both front ends drain at the same time: gRPC when the stack unwinds, now
+
+
+async def _sow(redis: RedisClient, seed: Seed, stop: asyncio.Event) -> None:
+    """Waits until Redis has taken the seed, but not beyond a stop."""
+    async with asyncio.TaskGroup() as tasks:
+        sowing, stopping = tasks.create_task(apply_seed(redis, seed)), tasks.create_task(stop.wait())
+        await asyncio.wait({sowing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (sowing, stopping):
+            task.cancel()
 
 
 async def _announce_when_ready(readiness: Readiness, announce: Announce, line: dict[str, object]) -> None:
@@ -123,7 +140,14 @@ async def _open_queue(
 
 def _build_admin(redis: RedisClient, keys: ApiKeyStore, secrets: RouterSecrets) -> AdminServicer:
     tenants = TenantRegistry(redis)
-    return AdminServicer(AdminAuthenticator(secrets.admin_key), tenants, keys, UsageReader(redis, tenants))
+    return AdminServicer(
+        AdminAuthenticator(secrets.admin_key),
+        tenants,
+        keys,
+        UsageReader(redis, tenants),
+        PlanRegistry(redis),
+        PriceRegistry(redis),
+    )
 
 
 @asynccontextmanager

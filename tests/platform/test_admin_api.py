@@ -13,6 +13,8 @@ from rempart_platform.apis.admin import AdminServicer
 from rempart_platform.generation import Caller, Usage
 from rempart_platform.tenancy.api_keys import AdminAuthenticator, ApiKeyStore, Authenticator, KeyHasher
 from rempart_platform.tenancy.embedded import EmbeddedRedis, EmbeddedRedisConfig, embedded_redis
+from rempart_platform.tenancy.plans import PlanRegistry
+from rempart_platform.tenancy.prices import PriceRegistry
 from rempart_platform.tenancy.quota import Ledger, QuotaConfig
 from rempart_platform.tenancy.redis_client import RedisClient, RedisConfig, connect_redis
 from rempart_platform.tenancy.tenants import TenantRegistry
@@ -43,7 +45,12 @@ async def service() -> AsyncIterator[Service]:
     ):
         tenants = TenantRegistry(redis)
         servicer = AdminServicer(
-            AdminAuthenticator(ADMIN_KEY), tenants, ApiKeyStore(redis, HASHER), UsageReader(redis, tenants)
+            AdminAuthenticator(ADMIN_KEY),
+            tenants,
+            ApiKeyStore(redis, HASHER),
+            UsageReader(redis, tenants),
+            PlanRegistry(redis),
+            PriceRegistry(redis),
         )
         grpc_server = grpc.aio.server()
         admin_pb2_grpc.add_AdminServicer_to_server(servicer, grpc_server)
@@ -115,6 +122,60 @@ async def test_usage_is_reported(service: Service) -> None:
         assert (record.prompt_tokens, record.completion_tokens, record.cached_tokens) == (10, 5, 4)
 
 
+async def test_plans_prices_and_limits_of_models_and_keys(service: Service) -> None:
+    admin = service.admin
+    await admin.SetPlan(pb.SetPlanRequest(name="gold", limits=pb.TenantLimits(concurrency=5)), metadata=CREDENTIALS)
+    plan = await admin.SetPlan(
+        pb.SetPlanRequest(name="gold", model="m", limits=pb.TenantLimits(tokens_per_day=9)), metadata=CREDENTIALS
+    )
+    assert plan.limits == pb.TenantLimits(concurrency=5)
+    assert list(plan.model_limits) == [pb.ModelLimits(model="m", limits=pb.TenantLimits(tokens_per_day=9))]
+    assert list((await admin.ListPlans(pb.ListPlansRequest(), metadata=CREDENTIALS)).plans) == [plan]
+    tenant = await admin.CreateTenant(pb.CreateTenantRequest(name="acme", plan="gold"), metadata=CREDENTIALS)
+    assert tenant.plan == "gold"
+    changed = await admin.SetTenantLimits(
+        pb.SetTenantLimitsRequest(tenant="acme", model="m", limits=pb.TenantLimits(tokens_per_day=3)),
+        metadata=CREDENTIALS,
+    )
+    assert changed.model_limits[0].limits.tokens_per_day == 3
+    changed = await admin.SetTenantLimits(
+        pb.SetTenantLimitsRequest(tenant="acme", model="m", unset=["tokens_per_day"]), metadata=CREDENTIALS
+    )
+    assert not changed.model_limits
+    code, details = await _refused(admin.RemovePlan(pb.RemovePlanRequest(name="gold"), metadata=CREDENTIALS))
+    assert (code, details["BadRequest"].field_violations[0].field) == (grpc.StatusCode.INVALID_ARGUMENT, "name")
+    await admin.SetTenantPlan(pb.SetTenantPlanRequest(tenant="acme"), metadata=CREDENTIALS)
+    await admin.RemovePlan(pb.RemovePlanRequest(name="gold"), metadata=CREDENTIALS)
+
+    limits = pb.TenantLimits(concurrency=2)
+    issued = await admin.IssueKey(pb.IssueKeyRequest(tenant="acme", limits=limits), metadata=CREDENTIALS)
+    key = await admin.SetKeyLimits(
+        pb.SetKeyLimitsRequest(key_id=issued.key_id, unset=["concurrency"], expires_s=2_000_000_000),
+        metadata=CREDENTIALS,
+    )
+    assert (key.limits, key.expires_s) == (pb.TenantLimits(), 2_000_000_000)
+    await admin.SetKeyLimits(pb.SetKeyLimitsRequest(key_id=issued.key_id, limits=limits), metadata=CREDENTIALS)
+    await admin.RevokeKey(pb.RevokeKeyRequest(key_id=issued.key_id), metadata=CREDENTIALS)
+    stored = await service.redis.read_hash("rempart:{acme}:tenant")
+    assert list(stored) == ["created_s"], "a key leaves no limits behind"
+
+    price = pb.ModelPrice(model="m", input_nanos=270, cached_nanos=70, output_nanos=1100)
+    prices = await admin.SetPrice(pb.SetPriceRequest(price=price, currency="EUR"), metadata=CREDENTIALS)
+    assert prices == pb.PriceList(currency="EUR", prices=[price])
+    usage = await admin.GetUsage(pb.GetUsageRequest(), metadata=CREDENTIALS)
+    assert usage.currency == "EUR"
+    for request, field in (
+        (pb.SetPriceRequest(price=pb.ModelPrice(model="m", cached_nanos=1)), "price.cached"),
+        (pb.SetPriceRequest(price=pb.ModelPrice(input_nanos=1)), "model"),
+        (pb.SetPriceRequest(currency=""), "currency"),
+    ):
+        code, details = await _refused(admin.SetPrice(request, metadata=CREDENTIALS))
+        assert (code, details["BadRequest"].field_violations[0].field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
+    unset = pb.SetTenantLimitsRequest(tenant="acme", unset=["patience"])
+    code, details = await _refused(admin.SetTenantLimits(unset, metadata=CREDENTIALS))
+    assert details["BadRequest"].field_violations[0].field == "unset"
+
+
 _CALLS: list[tuple[str, Any]] = [
     ("CreateTenant", pb.CreateTenantRequest(name="acme")),
     ("ListTenants", pb.ListTenantsRequest()),
@@ -123,6 +184,13 @@ _CALLS: list[tuple[str, Any]] = [
     ("ListKeys", pb.ListKeysRequest(tenant="acme")),
     ("RevokeKey", pb.RevokeKeyRequest(key_id="0" * 16)),
     ("GetUsage", pb.GetUsageRequest()),
+    ("SetTenantPlan", pb.SetTenantPlanRequest(tenant="acme")),
+    ("SetKeyLimits", pb.SetKeyLimitsRequest(key_id="0" * 16)),
+    ("SetPlan", pb.SetPlanRequest(name="gold")),
+    ("ListPlans", pb.ListPlansRequest()),
+    ("RemovePlan", pb.RemovePlanRequest(name="gold")),
+    ("SetPrice", pb.SetPriceRequest(currency="EUR")),
+    ("ListPrices", pb.ListPricesRequest()),
 ]
 
 
@@ -170,6 +238,10 @@ async def test_errors_name_the_field_at_fault(service: Service) -> None:
         ("ListKeys", pb.ListKeysRequest(tenant="nobody")),
         ("RevokeKey", pb.RevokeKeyRequest(key_id="0" * 16)),
         ("GetUsage", pb.GetUsageRequest(tenant="nobody")),
+        ("SetTenantPlan", pb.SetTenantPlanRequest(tenant="nobody")),
+        ("CreateTenant", pb.CreateTenantRequest(name="acme", plan="none")),
+        ("SetKeyLimits", pb.SetKeyLimitsRequest(key_id="0" * 16)),
+        ("RemovePlan", pb.RemovePlanRequest(name="none")),
     ],
 )
 async def test_what_does_not_exist_is_not_found(service: Service, name: str, request_message: Any) -> None:

@@ -135,6 +135,34 @@ async def test_remembered_keys_ask_redis_nothing(
     await _refusal(authenticator, unknown)
 
 
+async def test_expired_key_gets_the_answer_of_an_unknown_one_also_while_it_is_remembered(store: ApiKeyStore) -> None:
+    wall = ManualClock()
+    wall.now = 1_800_000_000.0
+    authenticator = Authenticator(store, HASHER, clock=ManualClock(), wall_clock=wall)
+    issued = await store.issue("acme", expires_s=1_800_000_010)
+    forever = await store.issue("acme")
+    wall.now += 9.9
+    await authenticator.authenticate(issued.key)
+    wall.now += 0.1
+    unknown = "rk_" + "0" * 16 + "_" + "0" * 64
+    assert await _refusal(authenticator, issued.key) == await _refusal(authenticator, unknown)
+    await authenticator.authenticate(forever.key)
+    assert [key.expires_s for key in await store.list("acme")] == [1_800_000_010, 0]
+
+
+async def test_expiry_can_be_moved_and_taken_back(store: ApiKeyStore) -> None:
+    issued = await store.issue("acme", expires_s=1_800_000_010)
+    assert (await store.set_expiry(issued.key_id, 1_900_000_000)).expires_s == 1_900_000_000
+    assert (await store.set_expiry(issued.key_id, 0)).expires_s == 0
+    for attempt in (store.issue("acme", expires_s=5), store.set_expiry(issued.key_id, 5)):
+        with pytest.raises(RempartError) as raised:
+            await attempt
+        assert (raised.value.kind, raised.value.param) == (ErrorKind.INVALID_REQUEST, "expires_s")
+    await store.revoke(issued.key_id)
+    with pytest.raises(RempartError):
+        await store.set_expiry(issued.key_id, 0)
+
+
 async def test_flood_of_guesses_pushes_out_no_real_key_and_takes_bounded_memory(
     store: ApiKeyStore, authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai import OpenAI
+from openai import OpenAI, RateLimitError
 
+from rempart_platform import limit_options
 from rempart_platform.demo_model import DemoModelMissingError, find_demo_model
 from rempart_platform.local import RunningPlatform
 from rempart_platform.local_testing import FAKE_ENGINE, FAKE_OUTPUT, PlatformUnderTest, run_cli, write_byte_model
+from rempart_platform.tenancy.limits import LIMITS
 from rempart_platform.welcome import QUESTION, curl_line, grpcurl_line, python_lines, ready_line, welcome
 
 NO_ROUTER = "127.0.0.1:1"
@@ -49,13 +51,13 @@ def cli(platform: PlatformUnderTest) -> Cli:
 
 
 def test_a_tenants_life(cli: Cli, platform: PlatformUnderTest) -> None:
-    unset = {"requests_per_minute": None, "tokens_per_minute": None, "concurrency": None}
+    unset = dict.fromkeys(LIMITS)
     created = cli("tenant", "create", "acme", "--requests-per-minute", "60", "--concurrency", "0")
     assert created["name"] == "acme"
     assert created["limits"] == {**unset, "requests_per_minute": 60, "concurrency": 0}
 
     changed = cli("tenant", "limits", "acme", "--tokens-per-minute", "1000")
-    assert changed["limits"] == {"requests_per_minute": 60, "tokens_per_minute": 1000, "concurrency": 0}
+    assert changed["limits"] == {**unset, "requests_per_minute": 60, "tokens_per_minute": 1000, "concurrency": 0}
     assert cli("tenant", "limits", "acme") == changed, "without a limit it shows them"
 
     tenants = cli("tenant", "list")["tenants"]
@@ -73,6 +75,60 @@ def test_a_tenants_life(cli: Cli, platform: PlatformUnderTest) -> None:
 
     assert cli("key", "revoke", str(issued["key_id"])) == {"key_id": issued["key_id"], "revoked": True}
     assert cli("key", "list", "acme") == {"keys": []}
+
+
+def test_plans_prices_budgets_and_keys(cli: Cli, platform: PlatformUnderTest) -> None:
+    def cost_of_payer() -> str:
+        records = cli("usage", "--tenant", "payer")["records"]
+        return str(records[0]["cost"]) if records else "0.00"
+
+    plan = cli("tenant", "plan", "set", "gold", "--tokens-per-day", "1000", "--money-per-month", "12.5")
+    assert plan["limits"] == {**dict.fromkeys(LIMITS), "tokens_per_day": 1000, "money_per_month": "12.50"}
+    plan = cli("tenant", "plan", "set", "gold", "--model", "smol", "--concurrent-tokens", "2000", "--concurrency", "3")
+    plan = cli("tenant", "plan", "set", "gold", "--model", "smol", "--unset", "concurrency")
+    assert plan["models"] == {"smol": {**dict.fromkeys(LIMITS), "concurrent_tokens": 2000}}
+    assert cli("tenant", "plan", "list") == {"plans": [plan]}
+    assert cli("tenant", "create", "payer", "--plan", "gold")["plan"] == "gold"
+    refused = platform.cli("tenant", "plan", "remove", "gold")
+    assert (refused.returncode, "'payer'" in refused.stderr) == (1, True)
+
+    prices = cli("price", "set", "smol", "--input", "0.27", "--cached", "0.07", "--output", "1.1", "--currency", "EUR")
+    assert prices == cli("price", "list")
+    assert prices["currency"] == "EUR"
+    assert prices["prices"] == [{"model": "smol", "input": "0.27", "cached": "0.07", "output": "1.10"}]
+
+    issued = cli("key", "issue", "payer", "--expires-in-days", "1", "--requests-per-minute", "1")
+    (listed,) = cli("key", "list", "payer")["keys"]
+    assert listed["limits"]["requests_per_minute"] == 1
+    assert listed["expires_s"] - listed["created_s"] in range(86_395, 86_405)
+    changed = cli("key", "limits", issued["key_id"], "--never-expires", "--requests-per-minute", "200")
+    assert (changed["expires_s"], changed["limits"]["requests_per_minute"]) == (None, 200)
+    with OpenAI(base_url=f"{platform.http}/v1", api_key=str(issued["key"]), max_retries=0) as client:
+        while cost_of_payer() == "0.00":  # until the router no longer remembers that the model was free
+            client.completions.create(model="smol", prompt="hello", max_tokens=5)
+        with pytest.raises(RateLimitError, match="1000 tokens per day") as budget:
+            client.completions.create(model="smol", prompt="hello", max_tokens=995)
+    assert budget.value.response.headers["x-ratelimit-limit-requests"] == "200"
+    assert int(budget.value.response.headers["retry-after"]) <= 86_400
+    assert cost_of_payer() == "0.00000685", "5 at 0.27 and 5 at 1.10 per million"
+    as_csv = platform.cli("usage", "--tenant", "payer", "--csv").stdout.splitlines()
+    assert as_csv[0] == "tenant,model,day,requests,prompt_tokens,completion_tokens,cached_tokens,cost,currency"
+    assert as_csv[1].startswith("payer,smol,")
+    assert as_csv[1].endswith(",0,0.00000685,EUR")
+    for command in (("tenant", "list"), ("tenant", "plan", "list"), ("price", "list"), ("key", "list", "payer")):
+        assert platform.cli(*command).returncode == 0
+
+    assert cli("tenant", "move", "payer")["plan"] is None
+    assert cli("tenant", "plan", "remove", "gold") == {"name": "gold", "removed": True}
+
+
+def test_every_limit_has_an_option() -> None:
+    assert tuple(limit_options.LIMITS) == LIMITS
+    for command in (("tenant", "create"), ("tenant", "limits"), ("tenant", "plan", "set"), ("key", "issue")):
+        shown = run_cli(*command, "--help", environ={**os.environ, "COLUMNS": "200"}).stdout
+        assert [name for name in LIMITS if f"--{name.replace('_', '-')}" not in shown] == []
+    refused = run_cli("tenant", "create", "x", "--key", "k", "--money-per-day", "much", environ=os.environ)
+    assert (refused.returncode, "no amount of money" in refused.stderr) == (2, True)
 
 
 def test_people_get_tables_that_a_pipe_does_not_cut(platform: PlatformUnderTest) -> None:

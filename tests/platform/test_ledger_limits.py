@@ -13,7 +13,7 @@ from rempart_platform.apis.grpc_errors import rich_status
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Usage
 from rempart_platform.tenancy.keyspace import TenantKeys
-from rempart_platform.tenancy.limits import LimitChange, TenantLimits, key_limit_field
+from rempart_platform.tenancy.limits import LimitChange, TenantLimits
 from rempart_platform.tenancy.plans import PlanRegistry
 from rempart_platform.tenancy.prices import ModelPrice, PriceRegistry
 from rempart_platform.tenancy.quota import RESERVE, Ledger, QuotaConfig
@@ -60,8 +60,7 @@ def _named(error: RempartError) -> tuple[str, int]:
 
 
 async def _set_key_limits(redis: RedisClient, key_id: str, **limits: int) -> None:
-    own = {key_limit_field(name, key_id): value for name, value in limits.items()}
-    await redis.write_hash(TenantKeys("acme").tenant, own)
+    await TenantRegistry(redis).change("acme", LimitChange(TenantLimits(**limits), key_id=key_id))
 
 
 async def test_tokens_in_flight_count_at_their_worst_case_until_the_request_ends(redis: RedisClient) -> None:

@@ -25,11 +25,13 @@ def test_flags_reach_values_at_any_depth() -> None:
             *("--model", "b=/models/b", "--http-port", "0", "--drain-timeout-s", "1.5", "--log-level", "error"),
             *("--http-max-body-bytes", "5", "--limits-max-n", "2", "--grpc-max-streams", "3"),
             *("--session-max-buffered-tokens", "4", "--quota-default-limits-concurrency", "6"),
+            *("--tenants-file", "tenants.toml", "--quota-default-limits-tokens-per-day", "7"),
         )
     )
     assert [model.name for model in config.models] == ["a", "b"]
     assert (config.http_port, config.drain_timeout_s, config.log_level) == (0, 1.5, "error")
     assert (config.http.max_body_bytes, config.limits.max_n, config.grpc.max_streams) == (5, 2, 3)
+    assert (config.tenants_file, config.quota.default_limits.tokens_per_day) == ("tenants.toml", 7)
     assert (config.session.max_buffered_tokens, config.quota.default_limits.concurrency) == (4, 6)
 
 

@@ -2,7 +2,7 @@
 """`rempart.v1.Admin`: what operators call. Thin: who asks, one act of tenancy, one answer, one line of log."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
@@ -11,7 +11,10 @@ import grpc
 from rempart_platform.apis.grpc_errors import error_status
 from rempart_platform.apis.services import bearer_token
 from rempart_platform.errors import ErrorKind, RempartError
-from rempart_platform.tenancy.api_keys import AdminAuthenticator, ApiKeyStore
+from rempart_platform.tenancy.api_keys import AdminAuthenticator, ApiKey, ApiKeyStore
+from rempart_platform.tenancy.limits import LIMITS, LimitChange
+from rempart_platform.tenancy.plans import Plan, PlanRegistry
+from rempart_platform.tenancy.prices import ModelPrice, PriceList, PriceRegistry
 from rempart_platform.tenancy.tenants import Tenant, TenantLimits, TenantRegistry
 from rempart_platform.tenancy.usage import UsageReader
 from rempart_protos.v1 import admin_pb2, admin_pb2_grpc
@@ -27,16 +30,26 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     """Answers every call with a result or with a RempartError's rich status; each call needs the admin key."""
 
     def __init__(
-        self, authenticator: AdminAuthenticator, tenants: TenantRegistry, keys: ApiKeyStore, usage: UsageReader
+        self,
+        authenticator: AdminAuthenticator,
+        tenants: TenantRegistry,
+        keys: ApiKeyStore,
+        usage: UsageReader,
+        plans: PlanRegistry,
+        prices: PriceRegistry,
     ) -> None:
         self._authenticator = authenticator
         self._tenants = tenants
         self._keys = keys
         self._usage = usage
+        self._plans = plans
+        self._prices = prices
 
     async def CreateTenant(self, request: admin_pb2.CreateTenantRequest, context: _Context) -> admin_pb2.Tenant:
         async with self._act(context, "create_tenant", tenant=request.name):
-            return _tenant_message(await self._tenants.create(request.name, _limits(request.limits)))
+            if request.plan:
+                await self._plans.get(request.plan)
+            return _tenant_message(await self._tenants.create(request.name, _limits(request.limits), request.plan))
 
     async def ListTenants(
         self, request: admin_pb2.ListTenantsRequest, context: _Context
@@ -47,27 +60,44 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
 
     async def SetTenantLimits(self, request: admin_pb2.SetTenantLimitsRequest, context: _Context) -> admin_pb2.Tenant:
         async with self._act(context, "set_tenant_limits", tenant=request.tenant):
-            return _tenant_message(await self._tenants.set_limits(request.tenant, _limits(request.limits)))
+            change = LimitChange(_limits(request.limits), tuple(request.unset), request.model)
+            return _tenant_message(await self._tenants.change(request.tenant, change))
+
+    async def SetTenantPlan(self, request: admin_pb2.SetTenantPlanRequest, context: _Context) -> admin_pb2.Tenant:
+        async with self._act(context, "set_tenant_plan", tenant=request.tenant, plan=request.plan):
+            if request.plan:
+                await self._plans.get(request.plan)
+            return _tenant_message(await self._tenants.set_plan(request.tenant, request.plan))
 
     async def IssueKey(self, request: admin_pb2.IssueKeyRequest, context: _Context) -> admin_pb2.IssueKeyResponse:
         async with self._act(context, "issue_key", tenant=request.tenant) as fields:
             tenant = await self._tenants.get(request.tenant)
-            issued = await self._keys.issue(tenant.name)
+            limits = _limits(request.limits)
+            LimitChange(limits)  # Checked before there is a key.
+            issued = await self._keys.issue(tenant.name, request.expires_s)
             fields["key_id"] = issued.key_id
+            await self._tenants.change(tenant.name, LimitChange(limits, key_id=issued.key_id))
             return admin_pb2.IssueKeyResponse(key=issued.key, key_id=issued.key_id)
 
     async def ListKeys(self, request: admin_pb2.ListKeysRequest, context: _Context) -> admin_pb2.ListKeysResponse:
         async with self._act(context, "list_keys", tenant=request.tenant):
             tenant = await self._tenants.get(request.tenant)
-            keys = [
-                admin_pb2.ApiKey(key_id=key.key_id, tenant=key.tenant, created_s=key.created_s)
-                for key in await self._keys.list(tenant.name)
-            ]
+            keys = [_key_message(key, tenant) for key in await self._keys.list(tenant.name)]
             return admin_pb2.ListKeysResponse(keys=keys)
+
+    async def SetKeyLimits(self, request: admin_pb2.SetKeyLimitsRequest, context: _Context) -> admin_pb2.ApiKey:
+        async with self._act(context, "set_key_limits", key_id=request.key_id) as fields:
+            key = await self._keys.get(request.key_id)
+            fields["tenant"] = key.tenant
+            change = LimitChange(_limits(request.limits), tuple(request.unset), key_id=key.key_id)
+            if request.HasField("expires_s"):
+                key = await self._keys.set_expiry(key.key_id, request.expires_s)
+            return _key_message(key, await self._tenants.change(key.tenant, change))
 
     async def RevokeKey(self, request: admin_pb2.RevokeKeyRequest, context: _Context) -> admin_pb2.RevokeKeyResponse:
         async with self._act(context, "revoke_key", key_id=request.key_id) as fields:
-            fields["tenant"] = (await self._keys.revoke(request.key_id)).tenant
+            fields["tenant"] = tenant = (await self._keys.revoke(request.key_id)).tenant
+            await self._tenants.change(tenant, LimitChange(unset=LIMITS, key_id=request.key_id))
             return admin_pb2.RevokeKeyResponse()
 
     async def GetUsage(self, request: admin_pb2.GetUsageRequest, context: _Context) -> admin_pb2.GetUsageResponse:
@@ -82,10 +112,44 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
                     prompt_tokens=record.prompt_tokens,
                     completion_tokens=record.completion_tokens,
                     cached_tokens=record.cached_tokens,
+                    cost_nanos=record.cost_nanos,
                 )
                 for record in await self._usage.read(tenant)
             ]
-            return admin_pb2.GetUsageResponse(records=records)
+            return admin_pb2.GetUsageResponse(records=records, currency=(await self._prices.read()).currency)
+
+    async def SetPlan(self, request: admin_pb2.SetPlanRequest, context: _Context) -> admin_pb2.Plan:
+        async with self._act(context, "set_plan", plan=request.name):
+            change = LimitChange(_limits(request.limits), tuple(request.unset), request.model)
+            return _plan_message(await self._plans.set(request.name, change))
+
+    async def ListPlans(self, request: admin_pb2.ListPlansRequest, context: _Context) -> admin_pb2.ListPlansResponse:
+        async with self._act(context, "list_plans"):
+            return admin_pb2.ListPlansResponse(plans=[_plan_message(plan) for plan in await self._plans.list()])
+
+    async def RemovePlan(self, request: admin_pb2.RemovePlanRequest, context: _Context) -> admin_pb2.RemovePlanResponse:
+        async with self._act(context, "remove_plan", plan=request.name):
+            await self._plans.get(request.name)
+            for tenant in await self._tenants.list():
+                if tenant.plan == request.name:
+                    text = f"The tenant '{tenant.name}' has this plan."
+                    raise RempartError(ErrorKind.INVALID_REQUEST, text, param="name")
+            await self._plans.remove(request.name)
+            return admin_pb2.RemovePlanResponse()
+
+    async def SetPrice(self, request: admin_pb2.SetPriceRequest, context: _Context) -> admin_pb2.PriceList:
+        async with self._act(context, "set_price", model=request.price.model):
+            if request.HasField("price"):
+                price = request.price
+                values = ModelPrice(price.input_nanos, price.cached_nanos, price.output_nanos)
+                await self._prices.set_price(price.model, values)
+            if request.HasField("currency"):
+                await self._prices.set_currency(request.currency)
+            return _prices_message(await self._prices.read())
+
+    async def ListPrices(self, request: admin_pb2.ListPricesRequest, context: _Context) -> admin_pb2.PriceList:
+        async with self._act(context, "list_prices"):
+            return _prices_message(await self._prices.read())
 
     @asynccontextmanager
     async def _act(self, context: _Context, act: str, **named: str) -> AsyncIterator[dict[str, str]]:
@@ -120,6 +184,40 @@ def _limits(limits: admin_pb2.TenantLimits) -> TenantLimits:
     return TenantLimits(**{field.name: value for field, value in limits.ListFields()})
 
 
+def _limits_message(limits: TenantLimits) -> admin_pb2.TenantLimits:
+    return admin_pb2.TenantLimits(**limits.only_set())
+
+
+def _model_messages(of_models: Mapping[str, TenantLimits]) -> list[admin_pb2.ModelLimits]:
+    return [admin_pb2.ModelLimits(model=model, limits=_limits_message(each)) for model, each in of_models.items()]
+
+
 def _tenant_message(tenant: Tenant) -> admin_pb2.Tenant:
-    limits = admin_pb2.TenantLimits(**tenant.limits.only_set())
-    return admin_pb2.Tenant(name=tenant.name, limits=limits, created_s=tenant.created_s)
+    return admin_pb2.Tenant(
+        name=tenant.name,
+        limits=_limits_message(tenant.limits),
+        created_s=tenant.created_s,
+        plan=tenant.plan,
+        model_limits=_model_messages(tenant.of_models),
+    )
+
+
+def _plan_message(plan: Plan) -> admin_pb2.Plan:
+    models = _model_messages(plan.limits.of_models)
+    limits = _limits_message(plan.limits.own)
+    return admin_pb2.Plan(name=plan.name, limits=limits, model_limits=models, created_s=plan.created_s)
+
+
+def _key_message(key: ApiKey, tenant: Tenant) -> admin_pb2.ApiKey:
+    limits = _limits_message(tenant.of_keys.get(key.key_id, TenantLimits()))
+    return admin_pb2.ApiKey(
+        key_id=key.key_id, tenant=key.tenant, created_s=key.created_s, expires_s=key.expires_s, limits=limits
+    )
+
+
+def _prices_message(prices: PriceList) -> admin_pb2.PriceList:
+    models = [
+        admin_pb2.ModelPrice(model=model, input_nanos=price.input, cached_nanos=price.cached, output_nanos=price.output)
+        for model, price in prices.of_models.items()
+    ]
+    return admin_pb2.PriceList(currency=prices.currency, prices=models)

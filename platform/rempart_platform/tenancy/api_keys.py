@@ -3,7 +3,8 @@
     rk_<key id>_<secret>        key id: 64 random bits, kept in the clear; secret: 256 random bits, kept by the tenant
 
 Kept is HMAC-SHA-256(pepper, whole key). The secret is random, so no slow hash is needed, and without the pepper, which
-is not in Redis, the digests serve no one. A key that is unknown, wrong or revoked gets one and the same answer.
+is not in Redis, the digests serve no one. A key that is unknown, wrong, revoked or expired gets one and the same
+answer.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import re
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from rempart_platform.errors import ErrorKind, RempartError
@@ -32,6 +33,8 @@ class ApiKey:
     key_id: str
     tenant: str
     created_s: int
+    expires_s: int = 0
+    """Seconds since the epoch; 0 for never."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,7 @@ class KeyRecord:
 
     tenant: str
     digest: str = field(repr=False)
+    expires_s: int = 0
 
 
 class KeyHasher:
@@ -78,11 +82,14 @@ class ApiKeyStore:
         self._hasher = hasher
         self._clock = clock
 
-    async def issue(self, tenant: str) -> IssuedKey:
+    async def issue(self, tenant: str, expires_s: int = 0) -> IssuedKey:
+        """Makes a key, which ends by itself at `expires_s`; 0 for never."""
+        self._check_expiry(expires_s)
         key_id = secrets.token_hex(8)
         key = f"rk_{key_id}_{secrets.token_hex(32)}"
         created_s = int(self._clock())
         record = {"tenant": tenant, "digest": self._hasher.digest(key), "created_s": str(created_s)}
+        record |= {"expires_s": str(expires_s)} if expires_s else {}
         # Listed first and made valid second: no crash leaves a valid key that is in no list.
         await self._redis.call(lambda redis: redis.zadd(TenantKeys(tenant).api_keys, {key_id: created_s}))
         await self._redis.write_hash(api_key_record(key_id), record)
@@ -94,22 +101,39 @@ class ApiKeyStore:
         keys = [await self._load(str(key_id)) for key_id in key_ids]
         return tuple(key for key in keys if key is not None)
 
-    async def revoke(self, key_id: str) -> ApiKey:
-        """Ends a key: here at once, in every `Authenticator` when its memory of it ends."""
+    async def get(self, key_id: str) -> ApiKey:
         key = await self._load(key_id) if _KEY_ID.fullmatch(key_id) else None
         if key is None:
             raise RempartError(ErrorKind.NOT_FOUND, "There is no such key.", param="key_id")
+        return key
+
+    async def set_expiry(self, key_id: str, expires_s: int) -> ApiKey:
+        """Changes when a key ends by itself; 0 for never. Noticed as a revocation is."""
+        self._check_expiry(expires_s)
+        await self.get(key_id)
+        await self._redis.write_hash(api_key_record(key_id), {"expires_s": expires_s})
+        return await self.get(key_id)
+
+    async def revoke(self, key_id: str) -> ApiKey:
+        """Ends a key: here at once, in every `Authenticator` when its memory of it ends."""
+        key = await self.get(key_id)
         await self._redis.call(lambda redis: redis.delete(api_key_record(key_id)))
         await self._redis.call(lambda redis: redis.zrem(TenantKeys(key.tenant).api_keys, key_id))
         return key
 
     async def find(self, key_id: str) -> KeyRecord | None:
         stored = await self._redis.read_hash(api_key_record(key_id))
-        return KeyRecord(stored["tenant"], stored["digest"]) if stored else None
+        return KeyRecord(stored["tenant"], stored["digest"], _expiry(stored)) if "digest" in stored else None
 
     async def _load(self, key_id: str) -> ApiKey | None:
         stored = await self._redis.read_hash(api_key_record(key_id))
-        return ApiKey(key_id, stored["tenant"], int(stored["created_s"])) if stored else None
+        if "digest" not in stored:
+            return None  # It was revoked while its expiry was being set.
+        return ApiKey(key_id, stored["tenant"], int(stored["created_s"]), _expiry(stored))
+
+    def _check_expiry(self, expires_s: int) -> None:
+        if expires_s and expires_s <= self._clock():
+            raise RempartError(ErrorKind.INVALID_REQUEST, "'expires_s' must lie in the future.", param="expires_s")
 
 
 class RecordCache:
@@ -150,6 +174,7 @@ class Authenticator:
         cache_capacity: keys remembered; as many again that do not exist, apart, so that a flood of guesses cannot
             push out real ones.
         clock: monotonic seconds.
+        wall_clock: seconds since the epoch, for keys that expire.
     """
 
     def __init__(
@@ -160,10 +185,12 @@ class Authenticator:
         cache_s: float = 5.0,
         cache_capacity: int = 10_000,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._hasher = hasher
         self._clock = clock
+        self._wall_clock = wall_clock
         self._known = RecordCache(cache_capacity, cache_s, clock)
         self._unknown = RecordCache(cache_capacity, cache_s, clock)
         self._no_record = KeyRecord("", hasher.digest(secrets.token_hex(32)))
@@ -185,7 +212,7 @@ class Authenticator:
         record = await self._find(key_id)
         # Compared also when there is no record: the answer takes the same time.
         is_right = hmac.compare_digest((record or self._no_record).digest, self._hasher.digest(bearer))
-        if record is None or not is_right:
+        if record is None or not is_right or 0 < record.expires_s <= self._wall_clock():
             raise _invalid_key()
         return Caller(record.tenant, key_id)
 
@@ -221,6 +248,10 @@ class AdminAuthenticator:
         """
         if not hmac.compare_digest(self._digest, self._hasher.digest(bearer)):
             raise _invalid_key()
+
+
+def _expiry(stored: Mapping[str, str]) -> int:
+    return int(stored.get("expires_s", "0"))
 
 
 def _invalid_key() -> RempartError:

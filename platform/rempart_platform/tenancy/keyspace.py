@@ -6,6 +6,7 @@ cluster. Names of tenants hold no braces (see tenants.py), so the tag is the nam
     rempart:tenants                 set     names of tenants
     rempart:plans                   set     names of plans
     rempart:plan:<name>             hash    created_s and the limits that are set (fields: see limits.py)
+    rempart:seeds                   hash    "plan <name>", "tenant <name>", "prices" → digest of what a file said last
     rempart:prices                  hash    "currency"; "model <model>" → its price of input, cached and output tokens
     rempart:key:<key id>            hash    tenant, digest, created_s, expires_s
     rempart:{t}:tenant              hash    created_s, plan, and the limits that are set, those of its keys too
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 TENANTS = "rempart:tenants"
 PLANS = "rempart:plans"
 PRICES = "rempart:prices"
+SEEDS = "rempart:seeds"
 _KEYS_OF_ACCOUNT = 6
 
 

@@ -69,6 +69,8 @@ class LimitChange:
     """Names of limits that are to be inherited again."""
     model: str = ""
     """Of this model; "" for all together."""
+    key_id: str = ""
+    """Of this key, instead."""
 
     def __post_init__(self) -> None:
         for name, value in self.limits.only_set().items():
@@ -82,11 +84,16 @@ class LimitChange:
 
     def written(self) -> dict[str, int]:
         """Fields to set."""
-        return {_model_field(name, self.model): value for name, value in self.limits.only_set().items()}
+        return {self._field(name): value for name, value in self.limits.only_set().items()}
 
     def removed(self) -> list[str]:
         """Fields to delete."""
-        return [_model_field(name, self.model) for name in self.unset]
+        return [self._field(name) for name in self.unset]
+
+    def _field(self, limit: str) -> str:
+        if self.key_id:
+            return f"key {limit} {self.key_id}"
+        return f"model {limit} {self.model}" if self.model else limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,18 +103,13 @@ class LimitSet:
     own: TenantLimits = TenantLimits()
     of_models: Mapping[str, TenantLimits] = field(default_factory=dict)
 
+    of_keys: Mapping[str, TenantLimits] = field(default_factory=dict)
+
     @staticmethod
     def parse(stored: Mapping[str, str]) -> "LimitSet":
         """The limits in a stored hash."""
         own = {name: int(stored[name]) for name in LIMITS if name in stored}
-        of_models: dict[str, dict[str, int]] = defaultdict(dict)
-        for name, value in stored.items():
-            if name.startswith("model "):
-                # The model comes last, because only it may hold a space.
-                _, limit, model = name.split(" ", 2)
-                of_models[model][limit] = int(value)
-        models = {model: TenantLimits(**limits) for model, limits in sorted(of_models.items())}
-        return LimitSet(TenantLimits(**own), models)
+        return LimitSet(TenantLimits(**own), _limits_by_name(stored, "model "), _limits_by_name(stored, "key "))
 
     def of_model(self, model: str) -> TenantLimits:
         return self.of_models.get(model, TenantLimits())
@@ -119,9 +121,11 @@ class LimitSet:
             yield LimitChange(limits, model=model)
 
 
-def key_limit_field(limit: str, key_id: str) -> str:
-    return f"key {limit} {key_id}"
-
-
-def _model_field(limit: str, model: str) -> str:
-    return f"model {limit} {model}" if model else limit
+def _limits_by_name(stored: Mapping[str, str], prefix: str) -> dict[str, TenantLimits]:
+    found: dict[str, dict[str, int]] = defaultdict(dict)
+    for stored_name, value in stored.items():
+        if stored_name.startswith(prefix):
+            # The name comes last, because only it may hold a space.
+            limit, name = stored_name.removeprefix(prefix).split(" ", 1)
+            found[name][limit] = int(value)
+    return {name: TenantLimits(**limits) for name, limits in sorted(found.items())}

@@ -4,14 +4,12 @@ A price of 1.234 per million tokens is 1,234 billionths of the currency per toke
 """
 
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
 
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Usage
 from rempart_platform.tenancy.keyspace import PRICES
 from rempart_platform.tenancy.redis_client import RedisClient
 
-NANOS = 10**9
 # A whole context at the highest price stays exact in Lua, whose numbers are doubles.
 MAX_NANOS_PER_TOKEN = 10**7
 _MAX_CURRENCY_CHARS = 15
@@ -75,10 +73,12 @@ class PriceRegistry:
 
     async def read(self) -> PriceList:
         stored = await self._redis.read_hash(PRICES)
-        currency = stored.pop("currency", "")
-        return PriceList(
-            currency, {name.removeprefix(_PREFIX): _parse(value) for name, value in sorted(stored.items())}
-        )
+        of_models = {
+            name.removeprefix(_PREFIX): _parse(value)
+            for name, value in sorted(stored.items())
+            if name.startswith(_PREFIX)
+        }
+        return PriceList(stored.get("currency", ""), of_models)
 
     async def set_price(self, model: str, price: ModelPrice) -> None:
         if not model:
@@ -90,27 +90,6 @@ class PriceRegistry:
             text = f"A currency has 1 to {_MAX_CURRENCY_CHARS} characters."
             raise RempartError(ErrorKind.INVALID_REQUEST, text, param="currency")
         await self._redis.write_hash(PRICES, {"currency": currency})
-
-
-def format_money(nanos: int) -> str:
-    """Billionths as a decimal, at least in hundredths: "12.50", "0.000000123"."""
-    whole, rest = divmod(nanos, NANOS)
-    return f"{whole}.{f'{rest:09d}'.rstrip('0'):0<2}"
-
-
-def parse_money(text: str) -> int:
-    """A decimal as billionths.
-
-    Raises:
-        ValueError: no such number, negative, or finer than a billionth.
-    """
-    try:
-        nanos = Decimal(text) * NANOS
-    except InvalidOperation:
-        raise ValueError(f"{text!r} is no amount of money") from None
-    if not nanos.is_finite() or nanos < 0 or nanos != int(nanos):
-        raise ValueError(f"{text!r} is no amount of money")
-    return int(nanos)
 
 
 def _parse(stored: str) -> ModelPrice:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rempart_platform.errors import ErrorKind, QuotaViolation, RempartError
-from rempart_platform.tenancy.prices import FREE, ModelPrice, format_money
+from rempart_platform.tenancy.money import format_money
+from rempart_platform.tenancy.prices import FREE, ModelPrice
 from rempart_platform.tenancy.redis_client import ScriptReply
 
 MAX_WAIT_S = 120.0

@@ -28,6 +28,8 @@ class Tenant:
     """Whose limits it inherits; "" for none."""
     of_models: Mapping[str, TenantLimits] = field(default_factory=dict)
     """Limits of its use of single models."""
+    of_keys: Mapping[str, TenantLimits] = field(default_factory=dict)
+    """Limits of single keys, by key id."""
 
 
 class TenantRegistry:
@@ -101,7 +103,8 @@ class TenantRegistry:
         if "created_s" not in stored:
             return None
         limits = LimitSet.parse(stored)
-        return Tenant(name, limits.own, int(stored["created_s"]), stored.get("plan", ""), limits.of_models)
+        created_s, plan = int(stored["created_s"]), stored.get("plan", "")
+        return Tenant(name, limits.own, created_s, plan, limits.of_models, limits.of_keys)
 
 
 def _check_name(name: str, param: str = "name") -> None:

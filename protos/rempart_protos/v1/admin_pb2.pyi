@@ -7,32 +7,56 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class TenantLimits(_message.Message):
-    __slots__ = ("requests_per_minute", "tokens_per_minute", "concurrency")
+    __slots__ = ("requests_per_minute", "tokens_per_minute", "concurrency", "concurrent_tokens", "tokens_per_day", "tokens_per_month", "money_per_day", "money_per_month")
     REQUESTS_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
     CONCURRENCY_FIELD_NUMBER: _ClassVar[int]
+    CONCURRENT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_DAY_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_MONTH_FIELD_NUMBER: _ClassVar[int]
+    MONEY_PER_DAY_FIELD_NUMBER: _ClassVar[int]
+    MONEY_PER_MONTH_FIELD_NUMBER: _ClassVar[int]
     requests_per_minute: int
     tokens_per_minute: int
     concurrency: int
-    def __init__(self, requests_per_minute: _Optional[int] = ..., tokens_per_minute: _Optional[int] = ..., concurrency: _Optional[int] = ...) -> None: ...
+    concurrent_tokens: int
+    tokens_per_day: int
+    tokens_per_month: int
+    money_per_day: int
+    money_per_month: int
+    def __init__(self, requests_per_minute: _Optional[int] = ..., tokens_per_minute: _Optional[int] = ..., concurrency: _Optional[int] = ..., concurrent_tokens: _Optional[int] = ..., tokens_per_day: _Optional[int] = ..., tokens_per_month: _Optional[int] = ..., money_per_day: _Optional[int] = ..., money_per_month: _Optional[int] = ...) -> None: ...
+
+class ModelLimits(_message.Message):
+    __slots__ = ("model", "limits")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    limits: TenantLimits
+    def __init__(self, model: _Optional[str] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ...) -> None: ...
 
 class Tenant(_message.Message):
-    __slots__ = ("name", "limits", "created_s")
+    __slots__ = ("name", "limits", "created_s", "plan", "model_limits")
     NAME_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     CREATED_S_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    MODEL_LIMITS_FIELD_NUMBER: _ClassVar[int]
     name: str
     limits: TenantLimits
     created_s: int
-    def __init__(self, name: _Optional[str] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ..., created_s: _Optional[int] = ...) -> None: ...
+    plan: str
+    model_limits: _containers.RepeatedCompositeFieldContainer[ModelLimits]
+    def __init__(self, name: _Optional[str] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ..., created_s: _Optional[int] = ..., plan: _Optional[str] = ..., model_limits: _Optional[_Iterable[_Union[ModelLimits, _Mapping]]] = ...) -> None: ...
 
 class CreateTenantRequest(_message.Message):
-    __slots__ = ("name", "limits")
+    __slots__ = ("name", "limits", "plan")
     NAME_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
     name: str
     limits: TenantLimits
-    def __init__(self, name: _Optional[str] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ...) -> None: ...
+    plan: str
+    def __init__(self, name: _Optional[str] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ..., plan: _Optional[str] = ...) -> None: ...
 
 class ListTenantsRequest(_message.Message):
     __slots__ = ()
@@ -45,18 +69,46 @@ class ListTenantsResponse(_message.Message):
     def __init__(self, tenants: _Optional[_Iterable[_Union[Tenant, _Mapping]]] = ...) -> None: ...
 
 class SetTenantLimitsRequest(_message.Message):
-    __slots__ = ("tenant", "limits")
+    __slots__ = ("tenant", "limits", "model", "unset")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    UNSET_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     limits: TenantLimits
-    def __init__(self, tenant: _Optional[str] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ...) -> None: ...
+    model: str
+    unset: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, tenant: _Optional[str] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ..., model: _Optional[str] = ..., unset: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SetTenantPlanRequest(_message.Message):
+    __slots__ = ("tenant", "plan")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    plan: str
+    def __init__(self, tenant: _Optional[str] = ..., plan: _Optional[str] = ...) -> None: ...
 
 class IssueKeyRequest(_message.Message):
-    __slots__ = ("tenant",)
+    __slots__ = ("tenant", "limits", "expires_s")
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_S_FIELD_NUMBER: _ClassVar[int]
     tenant: str
-    def __init__(self, tenant: _Optional[str] = ...) -> None: ...
+    limits: TenantLimits
+    expires_s: int
+    def __init__(self, tenant: _Optional[str] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ..., expires_s: _Optional[int] = ...) -> None: ...
+
+class SetKeyLimitsRequest(_message.Message):
+    __slots__ = ("key_id", "limits", "unset", "expires_s")
+    KEY_ID_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    UNSET_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_S_FIELD_NUMBER: _ClassVar[int]
+    key_id: str
+    limits: TenantLimits
+    unset: _containers.RepeatedScalarFieldContainer[str]
+    expires_s: int
+    def __init__(self, key_id: _Optional[str] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ..., unset: _Optional[_Iterable[str]] = ..., expires_s: _Optional[int] = ...) -> None: ...
 
 class IssueKeyResponse(_message.Message):
     __slots__ = ("key", "key_id")
@@ -79,14 +131,18 @@ class ListKeysResponse(_message.Message):
     def __init__(self, keys: _Optional[_Iterable[_Union[ApiKey, _Mapping]]] = ...) -> None: ...
 
 class ApiKey(_message.Message):
-    __slots__ = ("key_id", "tenant", "created_s")
+    __slots__ = ("key_id", "tenant", "created_s", "expires_s", "limits")
     KEY_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     CREATED_S_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_S_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
     key_id: str
     tenant: str
     created_s: int
-    def __init__(self, key_id: _Optional[str] = ..., tenant: _Optional[str] = ..., created_s: _Optional[int] = ...) -> None: ...
+    expires_s: int
+    limits: TenantLimits
+    def __init__(self, key_id: _Optional[str] = ..., tenant: _Optional[str] = ..., created_s: _Optional[int] = ..., expires_s: _Optional[int] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ...) -> None: ...
 
 class RevokeKeyRequest(_message.Message):
     __slots__ = ("key_id",)
@@ -105,13 +161,15 @@ class GetUsageRequest(_message.Message):
     def __init__(self, tenant: _Optional[str] = ...) -> None: ...
 
 class GetUsageResponse(_message.Message):
-    __slots__ = ("records",)
+    __slots__ = ("records", "currency")
     RECORDS_FIELD_NUMBER: _ClassVar[int]
+    CURRENCY_FIELD_NUMBER: _ClassVar[int]
     records: _containers.RepeatedCompositeFieldContainer[UsageRecord]
-    def __init__(self, records: _Optional[_Iterable[_Union[UsageRecord, _Mapping]]] = ...) -> None: ...
+    currency: str
+    def __init__(self, records: _Optional[_Iterable[_Union[UsageRecord, _Mapping]]] = ..., currency: _Optional[str] = ...) -> None: ...
 
 class UsageRecord(_message.Message):
-    __slots__ = ("tenant", "model", "day", "requests", "prompt_tokens", "completion_tokens", "cached_tokens")
+    __slots__ = ("tenant", "model", "day", "requests", "prompt_tokens", "completion_tokens", "cached_tokens", "cost_nanos")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DAY_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +177,7 @@ class UsageRecord(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COST_NANOS_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     model: str
     day: str
@@ -126,4 +185,81 @@ class UsageRecord(_message.Message):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
-    def __init__(self, tenant: _Optional[str] = ..., model: _Optional[str] = ..., day: _Optional[str] = ..., requests: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    cost_nanos: int
+    def __init__(self, tenant: _Optional[str] = ..., model: _Optional[str] = ..., day: _Optional[str] = ..., requests: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., cost_nanos: _Optional[int] = ...) -> None: ...
+
+class Plan(_message.Message):
+    __slots__ = ("name", "limits", "model_limits", "created_s")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_LIMITS_FIELD_NUMBER: _ClassVar[int]
+    CREATED_S_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    limits: TenantLimits
+    model_limits: _containers.RepeatedCompositeFieldContainer[ModelLimits]
+    created_s: int
+    def __init__(self, name: _Optional[str] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ..., model_limits: _Optional[_Iterable[_Union[ModelLimits, _Mapping]]] = ..., created_s: _Optional[int] = ...) -> None: ...
+
+class SetPlanRequest(_message.Message):
+    __slots__ = ("name", "limits", "model", "unset")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    UNSET_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    limits: TenantLimits
+    model: str
+    unset: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ..., model: _Optional[str] = ..., unset: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ListPlansRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListPlansResponse(_message.Message):
+    __slots__ = ("plans",)
+    PLANS_FIELD_NUMBER: _ClassVar[int]
+    plans: _containers.RepeatedCompositeFieldContainer[Plan]
+    def __init__(self, plans: _Optional[_Iterable[_Union[Plan, _Mapping]]] = ...) -> None: ...
+
+class RemovePlanRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class RemovePlanResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ModelPrice(_message.Message):
+    __slots__ = ("model", "input_nanos", "cached_nanos", "output_nanos")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    INPUT_NANOS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_NANOS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_NANOS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    input_nanos: int
+    cached_nanos: int
+    output_nanos: int
+    def __init__(self, model: _Optional[str] = ..., input_nanos: _Optional[int] = ..., cached_nanos: _Optional[int] = ..., output_nanos: _Optional[int] = ...) -> None: ...
+
+class SetPriceRequest(_message.Message):
+    __slots__ = ("price", "currency")
+    PRICE_FIELD_NUMBER: _ClassVar[int]
+    CURRENCY_FIELD_NUMBER: _ClassVar[int]
+    price: ModelPrice
+    currency: str
+    def __init__(self, price: _Optional[_Union[ModelPrice, _Mapping]] = ..., currency: _Optional[str] = ...) -> None: ...
+
+class ListPricesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PriceList(_message.Message):
+    __slots__ = ("currency", "prices")
+    CURRENCY_FIELD_NUMBER: _ClassVar[int]
+    PRICES_FIELD_NUMBER: _ClassVar[int]
+    currency: str
+    prices: _containers.RepeatedCompositeFieldContainer[ModelPrice]
+    def __init__(self, currency: _Optional[str] = ..., prices: _Optional[_Iterable[_Union[ModelPrice, _Mapping]]] = ...) -> None: ...

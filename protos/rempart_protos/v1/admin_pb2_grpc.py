@@ -70,6 +70,41 @@ class AdminStub:
                 request_serializer=rempart__protos_dot_v1_dot_admin__pb2.GetUsageRequest.SerializeToString,
                 response_deserializer=rempart__protos_dot_v1_dot_admin__pb2.GetUsageResponse.FromString,
                 _registered_method=True)
+        self.SetTenantPlan = channel.unary_unary(
+                '/rempart.v1.Admin/SetTenantPlan',
+                request_serializer=rempart__protos_dot_v1_dot_admin__pb2.SetTenantPlanRequest.SerializeToString,
+                response_deserializer=rempart__protos_dot_v1_dot_admin__pb2.Tenant.FromString,
+                _registered_method=True)
+        self.SetKeyLimits = channel.unary_unary(
+                '/rempart.v1.Admin/SetKeyLimits',
+                request_serializer=rempart__protos_dot_v1_dot_admin__pb2.SetKeyLimitsRequest.SerializeToString,
+                response_deserializer=rempart__protos_dot_v1_dot_admin__pb2.ApiKey.FromString,
+                _registered_method=True)
+        self.SetPlan = channel.unary_unary(
+                '/rempart.v1.Admin/SetPlan',
+                request_serializer=rempart__protos_dot_v1_dot_admin__pb2.SetPlanRequest.SerializeToString,
+                response_deserializer=rempart__protos_dot_v1_dot_admin__pb2.Plan.FromString,
+                _registered_method=True)
+        self.ListPlans = channel.unary_unary(
+                '/rempart.v1.Admin/ListPlans',
+                request_serializer=rempart__protos_dot_v1_dot_admin__pb2.ListPlansRequest.SerializeToString,
+                response_deserializer=rempart__protos_dot_v1_dot_admin__pb2.ListPlansResponse.FromString,
+                _registered_method=True)
+        self.RemovePlan = channel.unary_unary(
+                '/rempart.v1.Admin/RemovePlan',
+                request_serializer=rempart__protos_dot_v1_dot_admin__pb2.RemovePlanRequest.SerializeToString,
+                response_deserializer=rempart__protos_dot_v1_dot_admin__pb2.RemovePlanResponse.FromString,
+                _registered_method=True)
+        self.SetPrice = channel.unary_unary(
+                '/rempart.v1.Admin/SetPrice',
+                request_serializer=rempart__protos_dot_v1_dot_admin__pb2.SetPriceRequest.SerializeToString,
+                response_deserializer=rempart__protos_dot_v1_dot_admin__pb2.PriceList.FromString,
+                _registered_method=True)
+        self.ListPrices = channel.unary_unary(
+                '/rempart.v1.Admin/ListPrices',
+                request_serializer=rempart__protos_dot_v1_dot_admin__pb2.ListPricesRequest.SerializeToString,
+                response_deserializer=rempart__protos_dot_v1_dot_admin__pb2.PriceList.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -125,6 +160,55 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetTenantPlan(self, request, context):
+        """Gives a tenant another plan, or none. In force everywhere with the next request.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetKeyLimits(self, request, context):
+        """Changes the limits of a key that are set in the request, and its expiry. In force everywhere within 5 seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPlan(self, request, context):
+        """Makes a plan, or changes the limits that are set in the request. In force everywhere within 5 seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPlans(self, request, context):
+        """All plans, in order of name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemovePlan(self, request, context):
+        """Removes a plan. INVALID_ARGUMENT while a tenant has it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPrice(self, request, context):
+        """Sets what a model's tokens cost, and the currency. In force everywhere within 5 seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPrices(self, request, context):
+        """All prices, in order of model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -162,6 +246,41 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.GetUsage,
                     request_deserializer=rempart__protos_dot_v1_dot_admin__pb2.GetUsageRequest.FromString,
                     response_serializer=rempart__protos_dot_v1_dot_admin__pb2.GetUsageResponse.SerializeToString,
+            ),
+            'SetTenantPlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTenantPlan,
+                    request_deserializer=rempart__protos_dot_v1_dot_admin__pb2.SetTenantPlanRequest.FromString,
+                    response_serializer=rempart__protos_dot_v1_dot_admin__pb2.Tenant.SerializeToString,
+            ),
+            'SetKeyLimits': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetKeyLimits,
+                    request_deserializer=rempart__protos_dot_v1_dot_admin__pb2.SetKeyLimitsRequest.FromString,
+                    response_serializer=rempart__protos_dot_v1_dot_admin__pb2.ApiKey.SerializeToString,
+            ),
+            'SetPlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPlan,
+                    request_deserializer=rempart__protos_dot_v1_dot_admin__pb2.SetPlanRequest.FromString,
+                    response_serializer=rempart__protos_dot_v1_dot_admin__pb2.Plan.SerializeToString,
+            ),
+            'ListPlans': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPlans,
+                    request_deserializer=rempart__protos_dot_v1_dot_admin__pb2.ListPlansRequest.FromString,
+                    response_serializer=rempart__protos_dot_v1_dot_admin__pb2.ListPlansResponse.SerializeToString,
+            ),
+            'RemovePlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemovePlan,
+                    request_deserializer=rempart__protos_dot_v1_dot_admin__pb2.RemovePlanRequest.FromString,
+                    response_serializer=rempart__protos_dot_v1_dot_admin__pb2.RemovePlanResponse.SerializeToString,
+            ),
+            'SetPrice': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPrice,
+                    request_deserializer=rempart__protos_dot_v1_dot_admin__pb2.SetPriceRequest.FromString,
+                    response_serializer=rempart__protos_dot_v1_dot_admin__pb2.PriceList.SerializeToString,
+            ),
+            'ListPrices': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPrices,
+                    request_deserializer=rempart__protos_dot_v1_dot_admin__pb2.ListPricesRequest.FromString,
+                    response_serializer=rempart__protos_dot_v1_dot_admin__pb2.PriceList.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -354,6 +473,195 @@ class Admin:
             '/rempart.v1.Admin/GetUsage',
             rempart__protos_dot_v1_dot_admin__pb2.GetUsageRequest.SerializeToString,
             rempart__protos_dot_v1_dot_admin__pb2.GetUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTenantPlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rempart.v1.Admin/SetTenantPlan',
+            rempart__protos_dot_v1_dot_admin__pb2.SetTenantPlanRequest.SerializeToString,
+            rempart__protos_dot_v1_dot_admin__pb2.Tenant.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetKeyLimits(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rempart.v1.Admin/SetKeyLimits',
+            rempart__protos_dot_v1_dot_admin__pb2.SetKeyLimitsRequest.SerializeToString,
+            rempart__protos_dot_v1_dot_admin__pb2.ApiKey.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rempart.v1.Admin/SetPlan',
+            rempart__protos_dot_v1_dot_admin__pb2.SetPlanRequest.SerializeToString,
+            rempart__protos_dot_v1_dot_admin__pb2.Plan.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPlans(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rempart.v1.Admin/ListPlans',
+            rempart__protos_dot_v1_dot_admin__pb2.ListPlansRequest.SerializeToString,
+            rempart__protos_dot_v1_dot_admin__pb2.ListPlansResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemovePlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rempart.v1.Admin/RemovePlan',
+            rempart__protos_dot_v1_dot_admin__pb2.RemovePlanRequest.SerializeToString,
+            rempart__protos_dot_v1_dot_admin__pb2.RemovePlanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPrice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rempart.v1.Admin/SetPrice',
+            rempart__protos_dot_v1_dot_admin__pb2.SetPriceRequest.SerializeToString,
+            rempart__protos_dot_v1_dot_admin__pb2.PriceList.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPrices(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rempart.v1.Admin/ListPrices',
+            rempart__protos_dot_v1_dot_admin__pb2.ListPricesRequest.SerializeToString,
+            rempart__protos_dot_v1_dot_admin__pb2.PriceList.FromString,
             options,
             channel_credentials,
             insecure,

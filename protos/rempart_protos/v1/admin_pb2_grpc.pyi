@@ -47,6 +47,20 @@ class AdminStub:
     """Ends a key. In force everywhere within 5 seconds."""
     GetUsage: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetUsageRequest, _admin_pb2.GetUsageResponse]
     """What tenants used, per tenant, model and day."""
+    SetTenantPlan: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetTenantPlanRequest, _admin_pb2.Tenant]
+    """Gives a tenant another plan, or none. In force everywhere with the next request."""
+    SetKeyLimits: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetKeyLimitsRequest, _admin_pb2.ApiKey]
+    """Changes the limits of a key that are set in the request, and its expiry. In force everywhere within 5 seconds."""
+    SetPlan: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetPlanRequest, _admin_pb2.Plan]
+    """Makes a plan, or changes the limits that are set in the request. In force everywhere within 5 seconds."""
+    ListPlans: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListPlansRequest, _admin_pb2.ListPlansResponse]
+    """All plans, in order of name."""
+    RemovePlan: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RemovePlanRequest, _admin_pb2.RemovePlanResponse]
+    """Removes a plan. INVALID_ARGUMENT while a tenant has it."""
+    SetPrice: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetPriceRequest, _admin_pb2.PriceList]
+    """Sets what a model's tokens cost, and the currency. In force everywhere within 5 seconds."""
+    ListPrices: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListPricesRequest, _admin_pb2.PriceList]
+    """All prices, in order of model."""
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -67,6 +81,20 @@ class AdminAsyncStub(AdminStub):
     """Ends a key. In force everywhere within 5 seconds."""
     GetUsage: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetUsageRequest, _admin_pb2.GetUsageResponse]  # type: ignore[assignment]
     """What tenants used, per tenant, model and day."""
+    SetTenantPlan: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetTenantPlanRequest, _admin_pb2.Tenant]  # type: ignore[assignment]
+    """Gives a tenant another plan, or none. In force everywhere with the next request."""
+    SetKeyLimits: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetKeyLimitsRequest, _admin_pb2.ApiKey]  # type: ignore[assignment]
+    """Changes the limits of a key that are set in the request, and its expiry. In force everywhere within 5 seconds."""
+    SetPlan: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetPlanRequest, _admin_pb2.Plan]  # type: ignore[assignment]
+    """Makes a plan, or changes the limits that are set in the request. In force everywhere within 5 seconds."""
+    ListPlans: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListPlansRequest, _admin_pb2.ListPlansResponse]  # type: ignore[assignment]
+    """All plans, in order of name."""
+    RemovePlan: _aio.UnaryUnaryMultiCallable[_admin_pb2.RemovePlanRequest, _admin_pb2.RemovePlanResponse]  # type: ignore[assignment]
+    """Removes a plan. INVALID_ARGUMENT while a tenant has it."""
+    SetPrice: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetPriceRequest, _admin_pb2.PriceList]  # type: ignore[assignment]
+    """Sets what a model's tokens cost, and the currency. In force everywhere within 5 seconds."""
+    ListPrices: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListPricesRequest, _admin_pb2.PriceList]  # type: ignore[assignment]
+    """All prices, in order of model."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     """What operators call. Authentication: metadata "authorization: Bearer ADMIN_KEY"."""
@@ -126,5 +154,61 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetUsageResponse, _abc.Awaitable[_admin_pb2.GetUsageResponse]]:
         """What tenants used, per tenant, model and day."""
+
+    @_abc_1.abstractmethod
+    def SetTenantPlan(
+        self,
+        request: _admin_pb2.SetTenantPlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.Tenant, _abc.Awaitable[_admin_pb2.Tenant]]:
+        """Gives a tenant another plan, or none. In force everywhere with the next request."""
+
+    @_abc_1.abstractmethod
+    def SetKeyLimits(
+        self,
+        request: _admin_pb2.SetKeyLimitsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ApiKey, _abc.Awaitable[_admin_pb2.ApiKey]]:
+        """Changes the limits of a key that are set in the request, and its expiry. In force everywhere within 5 seconds."""
+
+    @_abc_1.abstractmethod
+    def SetPlan(
+        self,
+        request: _admin_pb2.SetPlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.Plan, _abc.Awaitable[_admin_pb2.Plan]]:
+        """Makes a plan, or changes the limits that are set in the request. In force everywhere within 5 seconds."""
+
+    @_abc_1.abstractmethod
+    def ListPlans(
+        self,
+        request: _admin_pb2.ListPlansRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListPlansResponse, _abc.Awaitable[_admin_pb2.ListPlansResponse]]:
+        """All plans, in order of name."""
+
+    @_abc_1.abstractmethod
+    def RemovePlan(
+        self,
+        request: _admin_pb2.RemovePlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.RemovePlanResponse, _abc.Awaitable[_admin_pb2.RemovePlanResponse]]:
+        """Removes a plan. INVALID_ARGUMENT while a tenant has it."""
+
+    @_abc_1.abstractmethod
+    def SetPrice(
+        self,
+        request: _admin_pb2.SetPriceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.PriceList, _abc.Awaitable[_admin_pb2.PriceList]]:
+        """Sets what a model's tokens cost, and the currency. In force everywhere within 5 seconds."""
+
+    @_abc_1.abstractmethod
+    def ListPrices(
+        self,
+        request: _admin_pb2.ListPricesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.PriceList, _abc.Awaitable[_admin_pb2.PriceList]]:
+        """All prices, in order of model."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,228 @@
+"""Plans, tenants and prices from a file, at the start of a router.
+
+    [plans.gold]
+    requests_per_minute = 60
+    money_per_month = "250.00"
+    [plans.gold.models."deepseek-v3.2"]
+    concurrent_tokens = 100_000
+
+    [tenants.acme]
+    plan = "gold"
+    concurrency = 4
+
+    [prices]
+    currency = "EUR"
+    [prices.models."deepseek-v3.2"]             # per million tokens
+    input = "0.27"
+    cached = "0.07"
+    output = "1.10"
+
+Or the same as JSON. What an entry says is put in force once: when it is new, or other than the last time. So a restart
+changes nothing, edits that were made meanwhile stay, and a changed file wins over them. What is in no file stays as it
+is.
+"""
+
+import asyncio
+import hashlib
+import json
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.tenancy.keyspace import SEEDS
+from rempart_platform.tenancy.limits import LIMITS, LimitChange, LimitSet, TenantLimits
+from rempart_platform.tenancy.money import parse_money, parse_price
+from rempart_platform.tenancy.plans import PlanRegistry
+from rempart_platform.tenancy.prices import ModelPrice, PriceList, PriceRegistry
+from rempart_platform.tenancy.redis_client import RedisAwayError, RedisClient
+from rempart_platform.tenancy.tenants import TenantRegistry
+
+_PRICES_OF = ("input", "cached", "output")
+
+
+class SeedError(ValueError):
+    """What is wrong in the file, and where."""
+
+
+@dataclass(frozen=True, slots=True)
+class TenantSeed:
+    """A tenant as the file has it."""
+
+    plan: str
+    limits: LimitSet
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """A file."""
+
+    plans: Mapping[str, LimitSet]
+    tenants: Mapping[str, TenantSeed]
+    prices: PriceList
+
+
+def read_seed(path: Path) -> Seed:
+    """Reads a file: JSON when its name ends so, else TOML.
+
+    Raises:
+        SeedError: it cannot be read, or holds what is unknown or out of range.
+    """
+    try:
+        text = path.read_text()
+        document = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        raise SeedError(f"{path}: {error}") from None
+    root = _table(document, str(path), {"plans", "tenants", "prices"})
+    plans = _tables(root, "plans")
+    tenants = _tables(root, "tenants")
+    return Seed(
+        {name: _limit_set(entry, f"plans.{name}", set()) for name, entry in plans.items()},
+        {name: _tenant(entry, f"tenants.{name}") for name, entry in tenants.items()},
+        _prices(root.get("prices", {})),
+    )
+
+
+async def apply_seed(redis: RedisClient, seed: Seed) -> None:
+    """Puts in force what is new in a seed, waiting for Redis as long as it takes.
+
+    Raises:
+        SeedError: a name is not one, or a tenant's plan is neither in the seed nor in Redis.
+    """
+    while True:
+        try:
+            await _apply(redis, seed)
+        except RedisAwayError as error:
+            await asyncio.sleep(error.retry_after_s or 1.0)
+        except RempartError as error:
+            raise SeedError(error.message) from None
+        else:
+            return
+
+
+async def _apply(redis: RedisClient, seed: Seed) -> None:
+    applied = await redis.read_hash(SEEDS)
+    plans, tenants = PlanRegistry(redis), TenantRegistry(redis)
+
+    def is_new(entry: str, value: object) -> bool:
+        return applied.get(entry) != _digest(value)
+
+    async def keep(entry: str, value: object) -> None:
+        await redis.write_hash(SEEDS, {entry: _digest(value)})
+
+    for name, limits in seed.plans.items():
+        if is_new(f"plan {name}", limits):
+            plan = await plans.find(name)
+            await plans.set(name, *_changes(limits, plan.limits if plan is not None else LimitSet()))
+            await keep(f"plan {name}", limits)
+    for name, tenant in seed.tenants.items():
+        if is_new(f"tenant {name}", tenant):
+            await _apply_tenant(tenants, plans, name, tenant)
+            await keep(f"tenant {name}", tenant)
+    if is_new("prices", seed.prices) and seed.prices != PriceList():
+        await _apply_prices(PriceRegistry(redis), seed.prices)
+        await keep("prices", seed.prices)
+
+
+async def _apply_tenant(tenants: TenantRegistry, plans: PlanRegistry, name: str, seed: TenantSeed) -> None:
+    if seed.plan:
+        await plans.get(seed.plan)
+    try:
+        await tenants.create(name, TenantLimits())
+    except RempartError as error:
+        if error.kind is not ErrorKind.ALREADY_EXISTS:
+            raise
+    tenant = await tenants.get(name)
+    await tenants.change(name, *_changes(seed.limits, LimitSet(tenant.limits, tenant.of_models)))
+    await tenants.set_plan(name, seed.plan)
+
+
+async def _apply_prices(registry: PriceRegistry, prices: PriceList) -> None:
+    if prices.currency:
+        await registry.set_currency(prices.currency)
+    for model, price in prices.of_models.items():
+        await registry.set_price(model, price)
+
+
+def _changes(wanted: LimitSet, stored: LimitSet) -> list[LimitChange]:
+    """What makes the wanted limits of the stored ones."""
+    models = ("", *sorted({*wanted.of_models, *stored.of_models}))
+    changes = []
+    for model in models:
+        limits = wanted.of_model(model) if model else wanted.own
+        changes.append(LimitChange(limits, tuple(name for name in LIMITS if name not in limits.only_set()), model))
+    return changes
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def _tenant(entry: object, where: str) -> TenantSeed:
+    table = _table(entry, where, {"plan", "models", *LIMITS})
+    return TenantSeed(str(table.get("plan", "")), _limit_set(entry, where, {"plan"}))
+
+
+def _limit_set(entry: object, where: str, others: set[str]) -> LimitSet:
+    table = _table(entry, where, {"models", *LIMITS, *others})
+    models = _tables(table, "models", where)
+    of_models = {
+        model: _limits(_table(limits, f"{where}.models.{model}", set(LIMITS)), f"{where}.models.{model}")
+        for model, limits in sorted(models.items())
+    }
+    return LimitSet(_limits(table, where), of_models)
+
+
+def _limits(table: Mapping[str, object], where: str) -> TenantLimits:
+    values = {name: _limit(name, table[name], f"{where}.{name}") for name in LIMITS if name in table}
+    limits = TenantLimits(**values)
+    try:
+        LimitChange(limits)
+    except RempartError as error:
+        raise SeedError(f"{where}: {error.message}") from None
+    return limits
+
+
+def _limit(name: str, value: object, where: str) -> int:
+    if name.startswith("money"):
+        return _decimal(value, where, parse_money)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise SeedError(f"{where} must be a whole number")
+    return value
+
+
+def _prices(entry: object) -> PriceList:
+    table = _table(entry, "prices", {"currency", "models"})
+    of_models = {}
+    for model, prices in sorted(_tables(table, "models", "prices").items()):
+        where = f"prices.models.{model}"
+        values = _table(prices, where, set(_PRICES_OF))
+        numbers = {
+            name: _decimal(values[name], f"{where}.{name}", parse_price) for name in _PRICES_OF if name in values
+        }
+        try:
+            of_models[model] = ModelPrice(**numbers)
+        except RempartError as error:
+            raise SeedError(f"{where}: {error.message}") from None
+    return PriceList(str(table.get("currency", "")), of_models)
+
+
+def _decimal(value: object, where: str, parse: Callable[[str], int]) -> int:
+    try:
+        return parse(str(value))
+    except ValueError as error:
+        raise SeedError(f"{where}: {error}") from None
+
+
+def _tables(table: Mapping[str, object], name: str, where: str = "") -> Mapping[str, object]:
+    return _table(table.get(name, {}), f"{where}.{name}".lstrip("."), None)
+
+
+def _table(value: object, where: str, known: set[str] | None) -> Mapping[str, object]:
+    if not isinstance(value, dict):
+        raise SeedError(f"{where} must be a table")
+    unknown = set(value) - known if known is not None else set()
+    if unknown:
+        raise SeedError(f"{where} has no '{min(unknown)}'")
+    return value

@@ -1,0 +1,146 @@
+import asyncio
+import json
+import tomllib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from rempart_platform.tenancy.limits import LimitChange, LimitSet, TenantLimits
+from rempart_platform.tenancy.money import format_money, format_price, parse_money, parse_price
+from rempart_platform.tenancy.plans import PlanRegistry
+from rempart_platform.tenancy.prices import ModelPrice, PriceList, PriceRegistry
+from rempart_platform.tenancy.redis_client import RedisClient
+from rempart_platform.tenancy.seed import Seed, SeedError, TenantSeed, apply_seed, read_seed
+from rempart_platform.tenancy.tenants import TenantRegistry
+from rempart_platform.tenancy.testing import own_redis
+
+TEXT = """
+[plans.gold]
+requests_per_minute = 60
+money_per_month = "250.00"
+[plans.gold.models."some model"]
+concurrent_tokens = 100_000
+
+[tenants.acme]
+plan = "gold"
+concurrency = 4
+[tenants.acme.models.small]
+tokens_per_day = 0
+
+[prices]
+currency = "EUR"
+[prices.models."some model"]
+input = "0.27"
+cached = 0.07
+output = 1
+"""
+SEED = Seed(
+    {
+        "gold": LimitSet(
+            TenantLimits(requests_per_minute=60, money_per_month=250 * 10**9),
+            {"some model": TenantLimits(concurrent_tokens=100_000)},
+        )
+    },
+    {"acme": TenantSeed("gold", LimitSet(TenantLimits(concurrency=4), {"small": TenantLimits(tokens_per_day=0)}))},
+    PriceList("EUR", {"some model": ModelPrice(270, 70, 1000)}),
+)
+
+
+@pytest.fixture
+async def redis() -> AsyncIterator[RedisClient]:
+    async with own_redis() as client:
+        yield client
+
+
+def _file(folder: Path, text: str) -> Path:
+    path = folder / "tenants.toml"
+    path.write_text(text)
+    return path
+
+
+def test_toml_and_json_say_the_same(tmp_path: Path) -> None:
+    assert read_seed(_file(tmp_path, TEXT)) == SEED
+    as_json = tmp_path / "tenants.json"
+    as_json.write_text(json.dumps(tomllib.loads(TEXT)))
+    assert read_seed(as_json) == SEED
+    assert read_seed(_file(tmp_path, "")) == Seed({}, {}, PriceList())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tenants = 5", "tenants must be a table"),
+        ("[tenant.acme]", "has no 'tenant'"),
+        ("[plans.gold]\nrequests = 5", "plans.gold has no 'requests'"),
+        ("[plans.gold]\nplan = 'x'", "plans.gold has no 'plan'"),
+        ("[plans.gold]\nconcurrency = true", "plans.gold.concurrency must be a whole number"),
+        ("[plans.gold]\nconcurrency = -1", "plans.gold: 'concurrency' must be between"),
+        ("[plans.gold]\nmoney_per_day = 'much'", "plans.gold.money_per_day: 'much' is no amount"),
+        ("[tenants.a.models.m]\nplan = 'x'", "tenants.a.models.m has no 'plan'"),
+        ("[prices.models.m]\ninput = '0.0001'", "at most three decimals"),
+        ("[prices.models.m]\ninput = 1\ncached = 2", "cannot cost more"),
+        ("[", "tenants.toml: "),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(SeedError, match=message):
+        read_seed(_file(tmp_path, text))
+    with pytest.raises(SeedError, match=r"none\.toml"):
+        read_seed(tmp_path / "none.toml")
+
+
+async def test_seed_makes_what_it_says_and_a_restart_changes_nothing(redis: RedisClient) -> None:
+    plans, tenants, prices = PlanRegistry(redis), TenantRegistry(redis), PriceRegistry(redis)
+    await asyncio.gather(apply_seed(redis, SEED), apply_seed(redis, SEED))
+    assert (await plans.get("gold")).limits == SEED.plans["gold"]
+    acme = await tenants.get("acme")
+    assert (acme.plan, acme.limits) == ("gold", TenantLimits(concurrency=4))
+    assert acme.of_models == {"small": TenantLimits(tokens_per_day=0)}
+    assert await prices.read() == SEED.prices
+
+    await tenants.change("acme", LimitChange(TenantLimits(concurrency=9)))
+    await plans.set("gold", LimitChange(TenantLimits(concurrency=9)))
+    await prices.set_price("some model", ModelPrice())
+    await apply_seed(redis, SEED)
+    assert (await tenants.get("acme")).limits.concurrency == 9, "edits stay"
+    assert (await plans.get("gold")).limits.own.concurrency == 9
+    assert (await prices.read()).of("some model") == ModelPrice()
+
+
+async def test_changed_entry_is_put_in_force_whole_and_no_other(redis: RedisClient) -> None:
+    plans, tenants = PlanRegistry(redis), TenantRegistry(redis)
+    await tenants.create("old", TenantLimits(concurrency=1))
+    await apply_seed(redis, SEED)
+    await tenants.change("acme", LimitChange(TenantLimits(concurrency=9)))
+    await plans.set("gold", LimitChange(TenantLimits(concurrency=9)))
+    changed = {"acme": TenantSeed("", LimitSet(TenantLimits(tokens_per_minute=5)))}
+    await apply_seed(redis, Seed(SEED.plans, changed, SEED.prices))
+    acme = await tenants.get("acme")
+    assert (acme.plan, acme.limits, acme.of_models) == ("", TenantLimits(tokens_per_minute=5), {})
+    assert (await plans.get("gold")).limits.own.concurrency == 9
+    assert (await tenants.get("old")).limits == TenantLimits(concurrency=1)
+
+
+@pytest.mark.parametrize("seed", [{"A b": TenantSeed("", LimitSet())}, {"acme": TenantSeed("gone", LimitSet())}])
+async def test_bad_name_or_plan_is_refused(redis: RedisClient, seed: dict[str, TenantSeed]) -> None:
+    with pytest.raises(SeedError):
+        await apply_seed(redis, Seed({}, seed, PriceList()))
+    assert await TenantRegistry(redis).list() == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "nanos"),
+    [("0", 0), ("12.5", 12_500_000_000), ("0.000000001", 1), ("1e3", 10**12), ("250.00", 250 * 10**9)],
+)
+def test_money_is_read_as_it_is_written(text: str, nanos: int) -> None:
+    assert parse_money(text) == nanos
+    assert parse_money(format_money(nanos)) == nanos
+
+
+def test_money_shows_hundredths_at_least_and_prices_are_of_a_million() -> None:
+    assert [format_money(nanos) for nanos in (0, 10**9, 1_230_000_000, 1)] == ["0.00", "1.00", "1.23", "0.000000001"]
+    assert (parse_price("0.27"), format_price(270)) == (270, "0.27")
+    for text in ("", "-1", "nan", "inf", "x", "0.0000000001"):
+        with pytest.raises(ValueError, match="no amount of money"):
+            parse_money(text)
