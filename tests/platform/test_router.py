@@ -117,6 +117,22 @@ async def running_router(folder: Path, *engines: FakeEngine, **changes: object) 
             await task
 
 
+async def test_router_begins_with_the_tenants_of_a_file(model_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tenants.toml"
+    file.write_text("[plans.small]\nconcurrency = 2\n[tenants.seeded]\nplan = 'small'\ntokens_per_day = 9\n")
+    credentials = (("authorization", f"Bearer {ADMIN_KEY}"),)
+    async with (
+        fake_engine() as engine,
+        running_router(model_folder, engine, tenants_file=str(file)) as router,
+        router.channel() as channel,
+    ):
+        listed = await admin_pb2_grpc.AdminStub(channel).ListTenants(
+            admin_pb2.ListTenantsRequest(), metadata=credentials
+        )
+    (tenant,) = (tenant for tenant in listed.tenants if tenant.name == "seeded")
+    assert (tenant.plan, tenant.limits) == ("small", admin_pb2.TenantLimits(tokens_per_day=9))
+
+
 async def make_tenant(address: str) -> str:
     metadata = (("authorization", f"Bearer {ADMIN_KEY}"),)
     async with grpc.aio.insecure_channel(address) as channel:
