@@ -7,7 +7,7 @@ PROTOS := $(wildcard protos/rempart_protos/v1/*.proto)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-cpu test-triton test-gpu test-slow compile-kernels check format protos bench bench-dsa bench-gpu clean
+.PHONY: help up test test-cpu test-triton test-gpu test-slow compile-kernels check format protos bench bench-dsa bench-queue bench-gpu clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ bench: $(INSTALLED) ## engine against its peers and the router's cost, side by s
 
 bench-dsa: $(INSTALLED) ## dense against sparse attention of one DeepSeek-V3.2 layer, 2K to 128K (quiet machine, 8 GiB)
 	$(BIN)/python bench/dsa.py $(ARGS)
+
+bench-queue: $(INSTALLED) ## one Lua call of the fair queue, from 1,000 requests that wait to 200,000, in two minutes
+	$(BIN)/python bench/fair_queue.py $(ARGS)
 
 bench-gpu: ## kernels, one layer's attention and a slice of DeepSeek-V3.2 on this machine's GPU, in nine minutes (PYTHON as above)
 	PYTHONPATH=engine:platform:protos $(PYTHON) bench/gpu.py $(ARGS)

@@ -46,7 +46,7 @@ DISPATCH = load_script("queue_dispatch", shared=_COMMON, runs_when_memory_is_ful
 RESTORE = load_script("queue_restore", shared=_COMMON, runs_when_memory_is_full=True)
 SNAPSHOT = load_script("queue_snapshot", shared=_COMMON, runs_when_memory_is_full=True)
 
-_MAX_GRANTED, _MAX_SWEPT = 32, 32  # by one call, as in queue_common.lua
+_MAX_GRANTED, _MAX_SWEPT = 16, 16  # by one call, as in queue_common.lua
 _MAX_GRANTS_TAKEN = 100
 _ANY_FENCE = 0
 _NOTHING = Usage(0, 0)
@@ -136,6 +136,7 @@ class FairQueue:
         self._endings: set[asyncio.Task[None]] = set()
         self._tasks: asyncio.TaskGroup | None = None
         self._room_tasks: list[asyncio.Task[None]] = []
+        self._is_closed = False
 
     @property
     def num_waiting(self) -> int:
@@ -154,11 +155,12 @@ class FairQueue:
             RempartError: RATE_LIMIT_EXCEEDED or UNAVAILABLE when too many wait; DEADLINE_EXCEEDED; UNAVAILABLE when
                 Redis does not answer.
         """
-        entered_s = self._clock()
+        entered_s, num_cancellations = self._clock(), _num_cancellations()
         try:
             async with asyncio.timeout(request.timeout_s):
                 granted = await self.enqueue(request)
                 try:
+                    _raise_lost_cancellation(num_cancellations)
                     return await granted
                 except BaseException:
                     self._abandon(request)
@@ -243,6 +245,7 @@ class FairQueue:
 
     async def close(self) -> None:
         """Lets endings under way reach Redis, at most `drain_s`, and ends the tasks."""
+        self._is_closed = True  # a cancellation alone may be lost: see _raise_lost_cancellation
         for task in self._room_tasks:
             task.cancel()
         if self._endings:
@@ -379,8 +382,8 @@ class FairQueue:
             self._observer.swept(room.model, int(num_swept))
 
     async def _keep_dispatching(self, room: _Room) -> None:
-        """Dispatches until cancelled."""
-        while True:
+        """Dispatches until closed."""
+        while not self._is_closed:
             try:
                 await self.dispatch(room.model)
                 self._observer.looked(room.model, await self.snapshot(room.model))
@@ -391,9 +394,9 @@ class FairQueue:
             await asyncio.sleep(self._config.poll_s)
 
     async def _keep_taking(self, room: _Room) -> None:
-        """Takes grants while something waits, until cancelled."""
+        """Takes grants while something waits, until closed."""
         block_s = min(self._config.block_s, self._redis.timeout_s / 2)
-        while True:
+        while not self._is_closed:
             await room.has_waiting.wait()
             try:
                 await self.take_grants(room.model, block_s)
@@ -421,6 +424,17 @@ class FairQueue:
         return await self._redis.run_script(
             script, room.keys.queue, [arg if isinstance(arg, str | int) else repr(arg) for arg in args]
         )
+
+
+def _num_cancellations() -> int:
+    task = asyncio.current_task()
+    return task.cancelling() if task is not None else 0
+
+
+def _raise_lost_cancellation(num_before: int) -> None:
+    """Python 3.11's `wait_for`, by which redis-py sends, swallows a cancellation that comes as it ends."""
+    if _num_cancellations() > num_before:
+        raise asyncio.CancelledError
 
 
 def _microseconds(seconds: float) -> int:

@@ -14,28 +14,39 @@ from rempart_platform.tenancy.queue_values import Place, QueueRequest, QueueSnap
 
 @dataclass(slots=True)
 class RecordingQueueObserver:
-    """Counts what a queue tells, by name; refusals also by "refused <reason>"."""
+    """Counts what a queue tells, by name; refusals by "refused <reason>"."""
 
     counts: Counter[str] = field(default_factory=Counter)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def wait_for(self, name: str, count: int, timeout_s: float = 20.0) -> None:
+        """Waits until something was told so often. Raises TimeoutError."""
+        async with asyncio.timeout(timeout_s):
+            while self.counts[name] < count:
+                self._changed.clear()
+                await self._changed.wait()
 
     def entered(self, tenant: str, model: str) -> None:
-        self.counts["entered"] += 1
+        self._count("entered")
 
     def left(self, tenant: str, model: str) -> None:
-        self.counts["left"] += 1
+        self._count("left")
 
     def granted(self, tenant: str, model: str, waited_s: float) -> None:
-        self.counts["granted"] += 1
+        self._count("granted")
 
     def refused(self, tenant: str, model: str, reason: str) -> None:
-        self.counts["refused"] += 1
-        self.counts[f"refused {reason}"] += 1
+        self._count(f"refused {reason}")
 
     def swept(self, model: str, count: int) -> None:
-        self.counts["swept"] += count
+        self._count("swept", count)
 
     def looked(self, model: str, snapshot: QueueSnapshot) -> None:
-        self.counts["looked"] += 1
+        self._count("looked")
+
+    def _count(self, name: str, count: int = 1) -> None:
+        self.counts[name] += count
+        self._changed.set()
 
 
 @dataclass(frozen=True, slots=True)

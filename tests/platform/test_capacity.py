@@ -1,0 +1,35 @@
+from dataclasses import replace
+
+import pytest
+
+from rempart_platform.endpoints.capacity import Capacity, CapacityRules, capacity_of
+from rempart_platform.endpoints.load import EndpointLoad, EndpointModel, EndpointState
+
+MODEL = EndpointModel("m", max_model_len=4096, vocab_size=512, eos_token_ids=(0,), block_size=64)
+IDLE = EndpointState("a:1", MODEL, is_ready=True, load=EndpointLoad(num_free_blocks=100, num_blocks=100))
+RULES = CapacityRules(rows_per_endpoint=32, rows_ahead=4, token_overcommit=2.0)
+
+
+def full(num_running: int, num_waiting: int) -> EndpointState:
+    return replace(IDLE, load=replace(IDLE.load, num_running=num_running, num_waiting=num_waiting))
+
+
+def test_endpoints_that_can_take_requests_add_up() -> None:
+    other = replace(IDLE, model=replace(MODEL, name="other"))
+    lost = replace(IDLE, is_ready=False)
+    draining = replace(IDLE, load=replace(IDLE.load, is_draining=True))
+    assert capacity_of([IDLE, other, lost, draining, IDLE], "m", RULES) == Capacity(64, 2 * 100 * 64 * 2)
+    assert capacity_of([other, lost], "m", RULES) == Capacity(0, 0)
+
+
+@pytest.mark.parametrize(("num_running", "num_waiting", "rows"), [(9, 0, 32), (9, 1, 13), (0, 50, 4), (40, 3, 32)])
+def test_an_endpoint_where_sequences_wait_gets_only_what_keeps_it_busy(
+    num_running: int, num_waiting: int, rows: int
+) -> None:
+    assert capacity_of([full(num_running, num_waiting)], "m", RULES).rows == rows
+
+
+@pytest.mark.parametrize("changes", [{"rows_per_endpoint": 0}, {"rows_ahead": 0}, {"token_overcommit": 0.0}])
+def test_rules_that_would_grant_nothing_are_refused(changes: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        replace(RULES, **changes)  # type: ignore[arg-type]  # the tests name its fields
