@@ -72,7 +72,7 @@ async def test_tenant_without_use_has_no_records_and_an_unknown_one_is_not_found
 
 async def test_day_of_the_settle_script_is_the_utc_day(redis: RedisClient) -> None:
     script = (resources.files("rempart_platform.tenancy") / "scripts" / "ledger.lua").read_text()
-    function = script[script.index("local function utc_day") : script.index("-- The first second")]
+    function = script[script.index("local function utc_day") : script.index("local today")]
     days = function + "local days = {} for i, s in ipairs(ARGV) do days[i] = utc_day(tonumber(s)) end return days"
     epoch = datetime(1970, 1, 1, tzinfo=UTC)
     noon_of_each_day = [12 * 3600 + 86400 * day for day in range(366 * 40)]

@@ -27,9 +27,15 @@ class _Remembered(Generic[_T]):
 
     async def get(self) -> _T:
         asked_at = self._clock()
-        if self._value is None or asked_at >= self._ends_at:
+        if self._value is not None and asked_at < self._ends_at:
+            return self._value
+        # Whoever comes while this one reads goes on with what there is.
+        had_ended_at, self._ends_at = self._ends_at, asked_at + TERMS_S
+        try:
             self._value = await self._read()
-            self._ends_at = asked_at + TERMS_S
+        except BaseException:
+            self._ends_at = had_ended_at
+            raise
         return self._value
 
 

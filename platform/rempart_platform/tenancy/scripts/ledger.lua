@@ -37,6 +37,8 @@ local function utc_day(seconds)
   return string.format('%04d-%02d-%02d', year, month, day)
 end
 
+local today = utc_day(now_s)
+
 -- The first second of the next UTC month.
 local function next_month(seconds)
   local midnight = seconds - seconds % 86400
@@ -74,43 +76,49 @@ local function held_sums(account)
   return tonumber(sums[1] or '0'), tonumber(sums[2] or '0')
 end
 
-local function add_held(account, tokens, money)
-  redis.call('HINCRBY', account.held, ' tokens', integer(tokens))
-  redis.call('HINCRBY', account.held, ' money', integer(money))
-end
-
 -- Begins or renews a lease, which holds tokens and money. The keys outlive their leases for a while, so that those of
 -- a router that is gone are still counted when they are swept; both must go in the same millisecond.
 local function lease(account, id, tokens, money, lease_us)
   if redis.call('ZADD', account.leases, integer(now_us + lease_us), id) == 1 then
-    redis.call('HSET', account.held, id, integer(tokens) .. ' ' .. integer(money))
-    add_held(account, tokens, money)
+    local held_tokens, held_money = held_sums(account)
+    redis.call(
+      'HSET', account.held, id, integer(tokens) .. ' ' .. integer(money),
+      ' tokens', integer(held_tokens + tokens), ' money', integer(held_money + money)
+    )
   end
   local end_ms = integer(math.ceil((now_us + 10 * lease_us) / 1000))
   redis.call('PEXPIREAT', account.leases, end_ms)
   redis.call('PEXPIREAT', account.held, end_ms)
 end
 
--- Ends a lease and gives back what it held; again is harmless.
-local function release(account, id)
-  if redis.call('ZREM', account.leases, id) == 0 then
-    return
+-- Ends leases and gives back what they held; again is harmless.
+local function release(account, ids)
+  local tokens, money = held_sums(account)
+  local num_held = 0
+  for _, held in ipairs(redis.call('HMGET', account.held, unpack(ids))) do
+    if held then
+      local held_tokens, held_money = string.match(held, '^(%d+) (%d+)$')
+      tokens, money, num_held = tokens - held_tokens, money - held_money, num_held + 1
+    end
   end
-  local held = redis.call('HGET', account.held, id)
-  if held then
-    local tokens, money = string.match(held, '^(%d+) (%d+)$')
-    add_held(account, 0 - tokens, 0 - money) -- a unary minus would make -0 of 0, which Redis does not take
-    redis.call('HDEL', account.held, id)
+  if num_held > 0 then
+    redis.call('HSET', account.held, ' tokens', integer(tokens), ' money', integer(money))
+    redis.call('HDEL', account.held, unpack(ids))
   end
+  redis.call('ZREM', account.leases, unpack(ids))
 end
 
 -- Ends the leases that nobody renewed: their router is gone. Returns how many.
 local function sweep_leases(account)
-  local ids = redis.call('ZRANGEBYSCORE', account.leases, '-inf', integer(now_us))
-  for _, id in ipairs(ids) do
-    release(account, id)
+  local num_swept = 0
+  while true do
+    local ids = redis.call('ZRANGEBYSCORE', account.leases, '-inf', integer(now_us), 'LIMIT', 0, 500)
+    if #ids == 0 then
+      return num_swept
+    end
+    release(account, ids)
+    num_swept = num_swept + #ids
   end
-  return #ids
 end
 
 -- What was settled in this UTC day and in this month: tokens and money of the day, tokens and money of the month.
@@ -118,7 +126,6 @@ local function budgets_used(account)
   local stored = redis.call(
     'HMGET', account.budgets, 'day', 'day_tokens', 'day_money', 'month', 'month_tokens', 'month_money'
   )
-  local today = utc_day(now_s)
   local is_today, is_this_month = stored[1] == today, stored[4] == string.sub(today, 1, 7)
   return {
     tokens_per_day = is_today and tonumber(stored[2]) or 0,
@@ -134,7 +141,7 @@ local function mark_settled(id, memory_us)
   local is_new = redis.call('ZADD', settled_key, 'NX', integer(now_us), id) == 1
   redis.call('PEXPIRE', settled_key, integer(math.ceil(memory_us / 1000)))
   for _, account in ipairs(accounts) do
-    release(account, id)
+    release(account, { id })
   end
   return is_new
 end

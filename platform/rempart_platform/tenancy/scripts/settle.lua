@@ -9,7 +9,6 @@ if not mark_settled(id, memory_us) then
   return { 0, now_us }
 end
 
-local today = utc_day(now_s)
 for _, account in ipairs(accounts) do
   sweep_window(account, window_us)
   local held = redis.call('HGET', account.amounts, id)
