@@ -65,14 +65,14 @@ def test_every_kind_of_numbers_is_close_to_float32(folder: Path, dtype: str, cac
 @pytest.mark.parametrize(
     "sampling",
     [
-        pytest.param(SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True), id="greedy"),
-        pytest.param(SamplingParams(temperature=1.0, top_p=0.9, seed=7, max_tokens=6, ignore_eos=True), id="sampled"),
+        pytest.param(SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True), id="greedy"),
+        pytest.param(SamplingParams(temperature=1.0, top_p=0.9, seed=7, max_tokens=4, ignore_eos=True), id="sampled"),
     ],
 )
 def test_drafts_change_no_text(folder: Path, sampling: SamplingParams) -> None:
     texts = {}
     for num_drafts in (0, 2):
-        llm = LLM(folder, **{**OPTIONS, "max_graph_tokens": 4}, dtype="float32", num_speculative_tokens=num_drafts)
+        llm = LLM(folder, **{**OPTIONS, "max_graph_tokens": 2}, dtype="float32", num_speculative_tokens=num_drafts)
         texts[num_drafts] = [each.token_ids for each in llm.generate([PROMPT, PROMPT[:3]], sampling)]
         assert (llm.load().counters.num_draft_tokens > 0) is (num_drafts > 0)
     assert texts[0] == texts[2]

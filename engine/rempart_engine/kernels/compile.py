@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> list[str]:
     print(table(rows))
     if explained := reasons(rows):
         print("\nexplained:", *explained, sep="\n  ")
+    print(f"\n{len(rows)} builds, {len(refused)} findings")
     if args.json:
         args.json.write_text(json.dumps([row_json(row) for row in rows], indent=1) + "\n")
     return refused
