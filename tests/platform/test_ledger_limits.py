@@ -15,12 +15,12 @@ from rempart_platform.generation import Usage
 from rempart_platform.tenancy.keyspace import TenantKeys
 from rempart_platform.tenancy.limits import LimitChange, TenantLimits
 from rempart_platform.tenancy.plans import PlanRegistry
-from rempart_platform.tenancy.prices import ModelPrice, PriceRegistry
+from rempart_platform.tenancy.prices import ModelPrice, PriceList, PriceRegistry
 from rempart_platform.tenancy.quota import RESERVE, Ledger, QuotaConfig
 from rempart_platform.tenancy.redis_client import RedisClient
 from rempart_platform.tenancy.reservation import Balance
 from rempart_platform.tenancy.tenants import TenantRegistry
-from rempart_platform.tenancy.terms import TERMS_S
+from rempart_platform.tenancy.terms import TERMS_S, Terms
 from rempart_platform.tenancy.testing import RecordingObserver, own_redis
 from rempart_platform.tenancy.usage import UsageReader
 
@@ -308,3 +308,32 @@ async def test_tenants_own_hash_tells_no_model_apart_by_its_spaces(redis: RedisC
     tenant = await tenants.get("acme")
     assert tenant.of_models == dict.fromkeys(("a b", "tokens_per_day a"), TenantLimits(tokens_per_day=5))
     assert tenant.limits == TenantLimits(concurrency=1)
+
+
+async def test_of_many_who_find_prices_too_old_one_reads_and_the_others_go_on(
+    redis: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, may_answer, num_reads = ManualClock(), asyncio.Event(), [0]
+
+    async def read(self: PriceRegistry) -> PriceList:
+        num_reads[0] += 1
+        await may_answer.wait()
+        if num_reads[0] == 3:
+            raise RempartError(ErrorKind.UNAVAILABLE, "away")
+        return PriceList(f"read {num_reads[0]}")
+
+    monkeypatch.setattr(PriceRegistry, "read", read)
+    terms = Terms(redis, clock)
+    may_answer.set()
+    assert (await terms.prices()).currency == "read 1"
+    clock.now += TERMS_S
+    may_answer.clear()
+    reading = asyncio.create_task(terms.prices())
+    await asyncio.sleep(0)
+    assert [(await terms.prices()).currency for _ in range(3)] == ["read 1"] * 3
+    may_answer.set()
+    assert (await reading).currency == "read 2"
+    clock.now += TERMS_S
+    with pytest.raises(RempartError, match="away"):
+        await terms.prices()
+    assert (await terms.prices()).currency == "read 4", "what could not be read is asked for again"

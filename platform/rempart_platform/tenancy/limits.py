@@ -12,7 +12,7 @@ A hash keeps them under these fields: "<limit>", "model <limit> <model>", "key <
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 from rempart_platform.errors import ErrorKind, RempartError
@@ -114,11 +114,12 @@ class LimitSet:
     def of_model(self, model: str) -> TenantLimits:
         return self.of_models.get(model, TenantLimits())
 
-    def changes(self) -> Iterable[LimitChange]:
-        """What makes these limits of none."""
-        yield LimitChange(self.own)
+    def written(self) -> dict[str, int]:
+        """All limits that are set, of all models together and of single ones, by the fields that keep them."""
+        fields = dict(self.own.only_set())
         for model, limits in self.of_models.items():
-            yield LimitChange(limits, model=model)
+            fields |= LimitChange(limits, model=model).written()
+        return fields
 
 
 def _limits_by_name(stored: Mapping[str, str], prefix: str) -> dict[str, TenantLimits]:
@@ -127,5 +128,6 @@ def _limits_by_name(stored: Mapping[str, str], prefix: str) -> dict[str, TenantL
         if stored_name.startswith(prefix):
             # The name comes last, because only it may hold a space.
             limit, name = stored_name.removeprefix(prefix).split(" ", 1)
-            found[name][limit] = int(value)
+            if limit in LIMITS:
+                found[name][limit] = int(value)
     return {name: TenantLimits(**limits) for name, limits in sorted(found.items())}

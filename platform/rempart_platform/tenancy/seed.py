@@ -26,8 +26,9 @@ import asyncio
 import hashlib
 import json
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rempart_platform.errors import ErrorKind, RempartError
@@ -105,24 +106,26 @@ async def _apply(redis: RedisClient, seed: Seed) -> None:
     applied = await redis.read_hash(SEEDS)
     plans, tenants = PlanRegistry(redis), TenantRegistry(redis)
 
-    def is_new(entry: str, value: object) -> bool:
-        return applied.get(entry) != _digest(value)
-
-    async def keep(entry: str, value: object) -> None:
-        await redis.write_hash(SEEDS, {entry: _digest(value)})
+    async def once(entry: str, said: object, put_in_force: Callable[[], Awaitable[None]]) -> None:
+        digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        if applied.get(entry) != digest:
+            await put_in_force()
+            await redis.write_hash(SEEDS, {entry: digest})
 
     for name, limits in seed.plans.items():
-        if is_new(f"plan {name}", limits):
-            plan = await plans.find(name)
-            await plans.set(name, *_changes(limits, plan.limits if plan is not None else LimitSet()))
-            await keep(f"plan {name}", limits)
+        await once(f"plan {name}", limits.written(), partial(_apply_plan, plans, name, limits))
     for name, tenant in seed.tenants.items():
-        if is_new(f"tenant {name}", tenant):
-            await _apply_tenant(tenants, plans, name, tenant)
-            await keep(f"tenant {name}", tenant)
-    if is_new("prices", seed.prices) and seed.prices != PriceList():
-        await _apply_prices(PriceRegistry(redis), seed.prices)
-        await keep("prices", seed.prices)
+        said = [tenant.plan, tenant.limits.written()]
+        await once(f"tenant {name}", said, partial(_apply_tenant, tenants, plans, name, tenant))
+    if seed.prices != PriceList():
+        prices = {model: [price.input, price.cached, price.output] for model, price in seed.prices.of_models.items()}
+        said = [seed.prices.currency, prices]
+        await once("prices", said, partial(_apply_prices, PriceRegistry(redis), seed.prices))
+
+
+async def _apply_plan(plans: PlanRegistry, name: str, limits: LimitSet) -> None:
+    plan = await plans.find(name)
+    await plans.set(name, *_changes(limits, plan.limits if plan is not None else LimitSet()))
 
 
 async def _apply_tenant(tenants: TenantRegistry, plans: PlanRegistry, name: str, seed: TenantSeed) -> None:
@@ -153,10 +156,6 @@ def _changes(wanted: LimitSet, stored: LimitSet) -> list[LimitChange]:
         limits = wanted.of_model(model) if model else wanted.own
         changes.append(LimitChange(limits, tuple(name for name in LIMITS if name not in limits.only_set()), model))
     return changes
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 def _tenant(entry: object, where: str) -> TenantSeed:
