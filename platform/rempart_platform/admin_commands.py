@@ -24,6 +24,7 @@ from rempart_platform.limit_options import (
     limit_cells,
     limits_by_model,
     limits_document,
+    unset_names,
     with_limits,
 )
 from rempart_platform.plan_commands import plans
@@ -79,7 +80,7 @@ def set_limits(
     as_json: AsJson = False,
 ) -> None:
     """Change the limits that are given, and show all of the tenant's."""
-    tenant = call(address, admin_key, lambda admin: admin.set_limits(name, limits, model, unset or ()))
+    tenant = call(address, admin_key, lambda admin: admin.set_limits(name, limits, model, unset_names(unset)))
     _show_tenants([tenant], _tenant_document(tenant) if as_json else None)
 
 
@@ -138,7 +139,7 @@ def set_key_limits(
 ) -> None:
     """Change a key's own limits and its expiry, and show all of them. Routers notice within 5 seconds."""
     expires_s = 0 if never_expires else _expires_s(days)
-    key = call(address, admin_key, lambda admin: admin.set_key_limits(key_id, limits, unset or (), expires_s))
+    key = call(address, admin_key, lambda admin: admin.set_key_limits(key_id, limits, unset_names(unset), expires_s))
     _show_keys([key], _key_document(key) if as_json else None)
 
 

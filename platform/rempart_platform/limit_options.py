@@ -29,7 +29,7 @@ Model: TypeAlias = Annotated[
 ]
 Unset: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option(help="A limit to be inherited again, such as concurrency; may be given again.", show_default=False),
+    typer.Option(help="A limit to be inherited again, such as tokens-per-day; may be given again.", show_default=False),
 ]
 
 
@@ -54,6 +54,11 @@ def with_limits(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     return run
+
+
+def unset_names(unset: Sequence[str] | None) -> list[str]:
+    """The limits of `--unset`, which may be written as their options are."""
+    return [name.replace("-", "_") for name in unset or ()]
 
 
 def limits_document(limits: "admin_pb2.TenantLimits") -> dict[str, object]:

@@ -22,6 +22,7 @@ from rempart_platform.limit_options import (
     limit_cells,
     limits_by_model,
     limits_document,
+    unset_names,
     with_limits,
 )
 from rempart_platform.tenancy.money import format_price, parse_price
@@ -48,7 +49,7 @@ def set_plan(
     as_json: AsJson = False,
 ) -> None:
     """Make a plan, or change the limits that are given, and show it."""
-    plan = call(address, admin_key, lambda admin: admin.set_plan(name, limits, model, unset or ()))
+    plan = call(address, admin_key, lambda admin: admin.set_plan(name, limits, model, unset_names(unset)))
     _show_plans([plan], as_json=as_json, document=_plan_document(plan))
 
 

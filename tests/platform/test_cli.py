@@ -118,6 +118,9 @@ def test_plans_prices_budgets_and_keys(cli: Cli, platform: PlatformUnderTest) ->
     for command in (("tenant", "list"), ("tenant", "plan", "list"), ("price", "list"), ("key", "list", "payer")):
         assert platform.cli(*command).returncode == 0
 
+    limited = cli("tenant", "limits", "payer", "--tokens-per-day", "5", "--concurrency", "0")
+    assert (limited["limits"]["tokens_per_day"], limited["limits"]["concurrency"]) == (5, 0)
+    assert cli("tenant", "limits", "payer", "--unset", "tokens-per-day")["limits"]["tokens_per_day"] is None
     assert cli("tenant", "move", "payer")["plan"] is None
     assert cli("tenant", "plan", "remove", "gold") == {"name": "gold", "removed": True}
 
