@@ -10,12 +10,11 @@ import torch
 from rempart_engine.config import EngineConfig
 from rempart_engine.core.request import SamplingParams
 from rempart_engine.core.runner import DoneStep, LoadedModel, Runner
-from rempart_engine.core.step import NewRow, ScheduledRow, StepPlan, StepResult, TokenLogprob
+from rempart_engine.core.step import NewRow, ScheduledRow, StepPlan, StepResult
 from rempart_engine.drafter import Drafter
 from rempart_engine.inputs import RowTable
 from rempart_engine.kept import Kept
 from rempart_engine.kv_storage import KVStorage, block_bytes
-from rempart_engine.logprobs import prompt_logprobs
 from rempart_engine.model.errors import ModelError
 from rempart_engine.model.network import Network, load_network
 from rempart_engine.model.precision import precision_named
@@ -23,7 +22,8 @@ from rempart_engine.model.weights.deepseek_folder import DeepseekFolder
 from rempart_engine.model.weights.source import WeightsSource, open_weights
 from rempart_engine.placement import placement_named
 from rempart_engine.places import Places, sampling_places
-from rempart_engine.results import first_outputs, row_results, sampled_logits
+from rempart_engine.prompt_logprobs import PromptLogprobs
+from rempart_engine.results import row_results, sampled_logits
 from rempart_engine.sampler import draft, verify
 from rempart_engine.sampling_rows import SamplingRows
 
@@ -51,7 +51,7 @@ class ModelRunner:
         self._rows = rows
         self._sampling = sampling
         self._eos_token_ids = eos_token_ids
-        self._num_prompt_logprobs: dict[int, int] = {}
+        self._prompt_logprobs = PromptLogprobs(rows.token_ids)
 
     def launch(self, plan: StepPlan) -> DoneStep:
         """Compute the plan now."""
@@ -66,7 +66,7 @@ class ModelRunner:
         inputs = self._rows.inputs(arrays)
         hidden = self._model(inputs, self._storage)
         logits = self._model.logits(hidden[inputs.output_tokens])
-        prompt_logprobs_of_row = self._prompt_logprobs(plan, logits)
+        prompt_logprobs_of_row = self._prompt_logprobs.of_step(plan, logits)
         places = sampling_places(plan.rows)
         kept = self._sample(sampled_logits(plan, logits), places) if len(places.rows) else None
         num_drafts = {} if self._drafter is None else self._drafter.propose(plan, arrays, inputs, hidden, places, kept)
@@ -87,26 +87,12 @@ class ModelRunner:
         """Forget what sampling keeps of these rows; their tokens are overwritten when they start again."""
         for row in rows:
             self._sampling.remove(row)
-            self._num_prompt_logprobs.pop(row, None)
+            self._prompt_logprobs.forget(row)
 
     def _start(self, new: NewRow) -> None:
         self._rows.start(new)
         self._sampling.add(new.row, new, () if new.sampling.ignore_eos else self._eos_token_ids)
-        if new.sampling.prompt_logprobs is not None:
-            self._num_prompt_logprobs[new.row] = new.sampling.prompt_logprobs
-
-    def _prompt_logprobs(self, plan: StepPlan, logits: torch.Tensor) -> dict[int, tuple[TokenLogprob, ...]]:
-        """Of rows that want them: log-probabilities of the prompt tokens that follow this step's new tokens."""
-        result: dict[int, tuple[TokenLogprob, ...]] = {}
-        if not self._num_prompt_logprobs:
-            return result
-        for row, first in zip(plan.rows, first_outputs(plan.rows), strict=True):
-            if row.wants_prompt_logprobs:
-                following = self._rows.token_ids(row.row, row.start + 1, row.start + row.num_new_tokens + 1)
-                wanted = logits[first : first + len(following)]
-                num_top = self._num_prompt_logprobs[row.row]
-                result[row.row] = tuple(prompt_logprobs(wanted, torch.from_numpy(following), num_top))
-        return result
+        self._prompt_logprobs.start(new)
 
 
 def load_runner(config: EngineConfig, on_progress: Callable[[float], None]) -> LoadedModel:

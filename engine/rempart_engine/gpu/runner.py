@@ -8,7 +8,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from rempart_engine.core.runner import DoneStep, PendingStep
@@ -21,10 +20,10 @@ from rempart_engine.gpu.rows import DeviceRows
 from rempart_engine.inputs import StepArrays, StepInputs
 from rempart_engine.kept import Kept
 from rempart_engine.kv_storage import KVStorage
-from rempart_engine.logprobs import prompt_logprobs
 from rempart_engine.model.network import Network
 from rempart_engine.places import Places, sampling_places
-from rempart_engine.results import first_outputs, row_results, sampled_logits
+from rempart_engine.prompt_logprobs import PromptLogprobs
+from rempart_engine.results import row_results, sampled_logits
 from rempart_engine.sampler import accepted
 
 _log = logging.getLogger(__name__)
@@ -78,7 +77,7 @@ class GpuRunner:
         self._sampling = sampling
         self._eos_token_ids = eos_token_ids
         self._graphs = Graphs({})
-        self._num_prompt_logprobs: dict[int, int] = {}
+        self._prompt_logprobs = PromptLogprobs(rows.prompt_token_ids)
         self._drafter = None
         if network.drafter is not None:
             self._drafter = Drafter(network.drafter, storage, rows, sampling.draft)
@@ -111,14 +110,14 @@ class GpuRunner:
         """Forget what sampling keeps of these rows; their tokens are overwritten when they start again."""
         for row in rows:
             self._sampling.remove(row)
-            self._num_prompt_logprobs.pop(row, None)
+            self._prompt_logprobs.forget(row)
 
     def _launch(self, plan: StepPlan) -> _GpuStep:
         for new in plan.new_rows:
             self._start(new)
         arrays = self._rows.arrays(plan)
         hidden, logits = self._outputs(arrays)
-        prompt_logprobs_of_row = self._prompt_logprobs(plan, logits)
+        prompt_logprobs_of_row = self._prompt_logprobs.of_step(plan, logits)
         places = sampling_places(plan.rows)
         sampled = self._sample(sampled_logits(plan, logits), places) if len(places.rows) else None
         kept, num_drafts = None, {}
@@ -157,18 +156,4 @@ class GpuRunner:
     def _start(self, new: NewRow) -> None:
         self._rows.start(new)
         self._sampling.add(new.row, new, () if new.sampling.ignore_eos else self._eos_token_ids)
-        if new.sampling.prompt_logprobs is not None:
-            self._num_prompt_logprobs[new.row] = new.sampling.prompt_logprobs
-
-    def _prompt_logprobs(self, plan: StepPlan, logits: torch.Tensor) -> dict[int, tuple[TokenLogprob, ...]]:
-        """Of rows that want them: log-probabilities of the prompt tokens that follow this step's new tokens."""
-        result: dict[int, tuple[TokenLogprob, ...]] = {}
-        if not self._num_prompt_logprobs:
-            return result
-        for row, first in zip(plan.rows, first_outputs(plan.rows), strict=True):
-            if row.wants_prompt_logprobs:
-                following = self._rows.prompt_token_ids(row.row, row.start + 1, row.start + row.num_new_tokens + 1)
-                wanted = logits[first : first + len(following)]
-                ids = torch.from_numpy(np.ascontiguousarray(following)).to(logits.device)
-                result[row.row] = tuple(prompt_logprobs(wanted, ids, self._num_prompt_logprobs[row.row]))
-        return result
+        self._prompt_logprobs.start(new)
