@@ -41,7 +41,7 @@ _ROUTER = "bench"
 _HOUR_US = 3_600_000_000
 _BATCH = 500
 _NO_LIMIT = 10**9
-_MAX_GRANTS, _MAX_PROMOTED, _MAX_SWEPT = 16, 8, 16  # by one call, as in queue_common.lua
+_MAX_GRANTS, _MAX_PROMOTED, _MAX_SWEPT = 8, 8, 8  # by one call, as in queue_common.lua
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ async def measure_size(num_tenants: int, num_waiting: int, rounds: int) -> list[
     """All acts at one size, on a Redis of its own."""
     size = num_tenants, num_waiting
     rounds = min(rounds, num_waiting)
-    few = rounds // 64  # of what takes many requests at a time
+    few = rounds // 16  # of what takes many requests at a time
     async with own_redis() as redis:
         queue = Queue(redis, num_tenants)
         await queue.fill(num_waiting)

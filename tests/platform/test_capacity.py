@@ -10,10 +10,6 @@ IDLE = EndpointState("a:1", MODEL, is_ready=True, load=EndpointLoad(num_free_blo
 RULES = CapacityRules(rows_per_endpoint=32, rows_ahead=4, token_overcommit=2.0)
 
 
-def full(num_running: int, num_waiting: int) -> EndpointState:
-    return replace(IDLE, load=replace(IDLE.load, num_running=num_running, num_waiting=num_waiting))
-
-
 def test_endpoints_that_can_take_requests_add_up() -> None:
     other = replace(IDLE, model=replace(MODEL, name="other"))
     lost = replace(IDLE, is_ready=False)
@@ -22,11 +18,22 @@ def test_endpoints_that_can_take_requests_add_up() -> None:
     assert capacity_of([other, lost], "m", RULES) == Capacity(0, 0)
 
 
-@pytest.mark.parametrize(("num_running", "num_waiting", "rows"), [(9, 0, 32), (9, 1, 13), (0, 50, 4), (40, 3, 32)])
-def test_an_endpoint_where_sequences_wait_gets_only_what_keeps_it_busy(
-    num_running: int, num_waiting: int, rows: int
+@pytest.mark.parametrize(
+    ("num_running", "num_waiting", "full_rows", "rows"),
+    [
+        (9, 0, 0, 32),  # nobody knows yet how many it runs
+        (9, 1, 9, 13),
+        (0, 50, 0, 4),
+        (40, 3, 40, 32),
+        (2, 0, 9, 13),
+        (11, 0, 9, 15),
+    ],
+)
+def test_an_endpoint_that_was_full_gets_only_what_keeps_it_busy(
+    num_running: int, num_waiting: int, full_rows: int, rows: int
 ) -> None:
-    assert capacity_of([full(num_running, num_waiting)], "m", RULES).rows == rows
+    load = replace(IDLE.load, num_running=num_running, num_waiting=num_waiting)
+    assert capacity_of([replace(IDLE, load=load, full_rows=full_rows)], "m", RULES).rows == rows
 
 
 @pytest.mark.parametrize("changes", [{"rows_per_endpoint": 0}, {"rows_ahead": 0}, {"token_overcommit": 0.0}])

@@ -19,6 +19,7 @@ from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redi
 from rempart_platform.tenancy.fair_queue import (
     DISPATCH,
     ENQUEUE,
+    LEASES,
     RELEASE,
     RESTORE,
     SNAPSHOT,
@@ -144,6 +145,17 @@ async def test_a_lease_that_its_router_knows_nothing_of_is_given_back(
     await queue.dispatch(MODEL)
     await queue.drain()
     assert held(await queue.snapshot(MODEL)) == (0, 0, 0)
+
+
+async def test_lost_messages_of_many_grants_are_all_found(redis: RedisClient, observer: RecordingQueueObserver) -> None:
+    queue = queue_of(redis, observer)
+    waiting = [await queue.enqueue(ask(f"r{number}")) for number in range(250)]
+    roomy = queue_of(redis, observer, Capacity(1000, 10**6))
+    await roomy.dispatch(MODEL)
+    assert queue.num_places == 1
+    await queue.dispatch(MODEL)
+    assert all(future.done() for future in waiting)
+    assert queue.num_places == 250
 
 
 async def test_requests_of_a_tenant_come_in_order(redis: RedisClient, observer: RecordingQueueObserver) -> None:
@@ -513,7 +525,7 @@ def test_keys_lie_in_one_slot_of_a_cluster_whatever_the_models_name() -> None:
 
 
 def test_scripts_touch_no_key_that_they_are_not_given_but_lists_of_grants() -> None:
-    for script in (ENQUEUE, RELEASE, DISPATCH, RESTORE, SNAPSHOT):
+    for script in (ENQUEUE, RELEASE, DISPATCH, LEASES, RESTORE, SNAPSHOT):
         calls = re.findall(r"redis\.call\(\s*'(\w+)'(?:,\s*([^,)\s]+))?", script.text)
         assert len(calls) == script.text.count("redis.call(")
         touched = {key for command, key in calls if command != "TIME"}

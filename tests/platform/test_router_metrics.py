@@ -6,8 +6,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from rempart_platform.endpoints.load import EndpointLoad, EndpointModel, EndpointState
 from rempart_platform.errors import ErrorKind, QuotaViolation, RempartError
 from rempart_platform.generation import Caller, Delta, Finished, FinishReason, GenerationRequest
-from rempart_platform.metrics import BoundedLabel, EndpointCollector, QuotaMetrics, RouterMetrics
+from rempart_platform.metrics import BoundedLabel, EndpointCollector, QueueMetrics, QuotaMetrics, RouterMetrics
 from rempart_platform.request_trace import RequestTrace
+from rempart_platform.tenancy.fair_queue import QueueObserver
+from rempart_platform.tenancy.queue_values import ClassSnapshot, QueueClass, QueueSnapshot
 from rempart_platform.tenancy.quota import LedgerObserver
 from rempart_protos.v1 import sampling_pb2
 
@@ -124,3 +126,30 @@ def test_the_ledgers_events_are_counted() -> None:
     observer.ending_lost()
     for event, count in (("refused_tokens", 1), ("lease_expired", 3), ("ending_lost", 1)):
         assert registry.get_sample_value("rempart_router_quota_events_total", {"event": event}) == count
+
+
+def test_the_fair_queue_is_measured_for_each_tenant_and_as_a_whole() -> None:
+    registry = CollectorRegistry()
+    observer: QueueObserver = QueueMetrics(RouterMetrics(registry, max_tenants=1))
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"rempart_router_{name}", {"model": "m", **labels})
+
+    for tenant in ("acme", "second", "third"):
+        observer.entered(tenant, "m")
+    assert value("queue_waiting_requests", tenant="acme") == 1
+    assert value("queue_waiting_requests", tenant="other") == 2
+    observer.left("third", "m")
+    observer.granted("third", "m", 0.3)
+    assert value("queue_waiting_requests", tenant="other") == 1
+    assert value("queue_wait_seconds_sum", tenant="other") == 0.3
+    observer.refused("acme", "m", "tenant_full")
+    observer.swept("m", 7)
+    assert value("queue_events_total", event="refused_tenant_full") == 1
+    assert value("queue_events_total", event="swept") == 7
+    classes = {queue_class: ClassSnapshot(int(queue_class), 1, 2.5) for queue_class in QueueClass}
+    observer.looked("m", QueueSnapshot(10, 3, 300, 8, 800, 0.75, 0, False, 0, 0.0, classes))
+    assert value("queue_depth", **{"class": "batch"}) == 4
+    assert value("queue_virtual_time_lag", **{"class": "priority"}) == 2.5
+    assert (value("queue_granted", unit="rows"), value("queue_capacity", unit="tokens")) == (3, 800)
+    assert value("queue_jain_index") == 0.75

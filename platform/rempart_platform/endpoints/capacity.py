@@ -20,9 +20,10 @@ class CapacityRules:
     """How the load of an endpoint tells its capacity."""
 
     rows_per_endpoint: int = 256
-    """The most sequences an endpoint is given; fewer once it says that some of them wait there."""
+    """The most sequences an endpoint is given; fewer once it was seen how many it runs when it is full."""
     rows_ahead: int = 8
-    """Sequences that may wait in a full endpoint, so that a row that is freed there is never without work."""
+    """Sequences that may wait in a full endpoint, so that a row that is freed there is never without work. What waits
+    there is in no order of ours: the fewer, the fairer."""
     token_overcommit: float = 4.0
     """Tokens granted for each that the KV blocks hold: most requests end long before their worst case."""
 
@@ -40,10 +41,16 @@ def capacity_of(states: Iterable[EndpointState], model: str, rules: CapacityRule
         if not can_take(state, model):
             continue
         assert state.model is not None  # or it could not take any
-        load = state.load
-        is_full = load.num_waiting > 0
-        rows += (
-            min(load.num_running + rules.rows_ahead, rules.rows_per_endpoint) if is_full else rules.rows_per_endpoint
-        )
-        tokens += round(load.num_blocks * state.model.block_size * rules.token_overcommit)
+        rows += min(_rows_of(state, rules), rules.rows_per_endpoint)
+        tokens += round(state.load.num_blocks * state.model.block_size * rules.token_overcommit)
     return Capacity(rows, tokens)
+
+
+def _rows_of(state: EndpointState, rules: CapacityRules) -> int:
+    load = state.load
+    if load.num_waiting > 0:
+        return load.num_running + rules.rows_ahead
+    if state.full_rows > 0:
+        # It may run more than when it was full of longer ones, and then this grows.
+        return max(state.full_rows, load.num_running) + rules.rows_ahead
+    return rules.rows_per_endpoint

@@ -73,6 +73,7 @@ class EngineSession:
         self._num_attempts = 0
         self._num_in_flight = 0
         self._num_in_flight_tokens = 0
+        self._full_rows = 0
 
     @property
     def state(self) -> EndpointState:
@@ -83,6 +84,7 @@ class EngineSession:
             load=self._load or EndpointLoad(),
             num_in_flight=self._num_in_flight,
             num_in_flight_tokens=self._num_in_flight_tokens,
+            full_rows=self._full_rows,
         )
 
     @contextmanager
@@ -130,6 +132,7 @@ class EngineSession:
             finally:
                 self._connection = None
                 was_ready, self._load = self._load is not None, None
+                self._full_rows = 0  # another engine may come to this address
                 if was_ready:
                     self._on_change(self.state)
 
@@ -148,6 +151,8 @@ class EngineSession:
 
     def _take_load(self, load: EndpointLoad) -> None:
         previous, self._load = self._load, load
+        if load.num_waiting > 0:
+            self._full_rows = max(self._full_rows, load.num_running)
         if previous is None:
             self._num_attempts = 0
         if previous is None or previous.is_draining != load.is_draining:

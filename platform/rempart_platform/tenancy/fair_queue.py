@@ -43,10 +43,11 @@ _COMMON = "queue_common"
 ENQUEUE = load_script("queue_enqueue", shared=_COMMON)
 RELEASE = load_script("queue_release", shared=_COMMON, runs_when_memory_is_full=True)
 DISPATCH = load_script("queue_dispatch", shared=_COMMON, runs_when_memory_is_full=True)
+LEASES = load_script("queue_leases", shared=_COMMON, runs_when_memory_is_full=True)
 RESTORE = load_script("queue_restore", shared=_COMMON, runs_when_memory_is_full=True)
 SNAPSHOT = load_script("queue_snapshot", shared=_COMMON, runs_when_memory_is_full=True)
 
-_MAX_GRANTED, _MAX_SWEPT = 16, 16  # by one call, as in queue_common.lua
+_MAX_GRANTED, _MAX_SWEPT = 8, 8  # by one call, as in queue_common.lua
 _MAX_GRANTS_TAKEN = 100
 _ANY_FENCE = 0
 _NOTHING = Usage(0, 0)
@@ -102,6 +103,8 @@ class _Room:
     has_waiting: asyncio.Event = field(default_factory=asyncio.Event)
     introducing: asyncio.Lock = field(default_factory=asyncio.Lock)
     num_introductions: int = 0
+    told_rows: int = 0
+    """Of the engines' room, as Redis was told last."""
 
 
 class FairQueue:
@@ -292,16 +295,26 @@ class FairQueue:
         """One run of the dispatch script. Returns whether it left work for another."""
         config = self._config
         lease_us, age_us = _microseconds(config.lease_s), _microseconds(config.ageing_s)
-        reply = await self._run(room, DISPATCH, self._router, lease_us, *self._seen(room.model), age_us)
-        was_known, num_granted, num_swept = (int(number or 0) for number in reply[:3])
+        seen = self._seen(room.model)
+        room.told_rows = seen[0]
+        reply = await self._run(room, DISPATCH, self._router, lease_us, *seen, age_us)
+        was_known, num_granted, num_swept, num_leases = (int(number or 0) for number in reply)
         room.num_introductions += 1
         if not was_known:
             await self._restore(room)
-        for request_id, fence in zip(reply[3::2], reply[4::2], strict=True):
-            self._take(room, str(request_id), int(fence or 0))
+        if num_leases != len(room.places):
+            await self._compare(room)
         if num_swept:
             self._observer.swept(room.model, num_swept)
         return num_granted >= _MAX_GRANTED or num_swept >= _MAX_SWEPT
+
+    async def _compare(self, room: _Room) -> None:
+        """Looks through all leases that Redis has for this router: some may be granted and not known here."""
+        after = ""
+        while page := await self._run(room, LEASES, self._router, after):
+            for request_id, fence in zip(page[::2], page[1::2], strict=True):
+                self._take(room, str(request_id), int(fence or 0))
+            after = f"{page[-2]} {page[-1]}"
 
     async def _restore(self, room: _Room) -> None:
         """Tells Redis what it forgot of this router, or swept while it heard nothing from here."""
@@ -399,7 +412,9 @@ class FairQueue:
         while not self._is_closed:
             await room.has_waiting.wait()
             try:
-                await self.take_grants(room.model, block_s)
+                num_taken = await self.take_grants(room.model, block_s)
+                if num_taken == 0 and self._capacity(room.model).rows > room.told_rows:
+                    await self._look(room)
             except RedisAwayError as error:
                 await asyncio.sleep(error.retry_after_s or self._config.poll_s)
 

@@ -15,7 +15,7 @@ local idle_keys = { KEYS[15], KEYS[16], KEYS[17], KEYS[18] }
 local NUM_CLASSES = 4
 
 -- One call stays short whatever is to be done; the calls that follow do the rest.
-local MAX_GRANTS, MAX_PROMOTED, MAX_SWEPT = 16, 8, 16
+local MAX_GRANTS, MAX_PROMOTED, MAX_SWEPT, MAX_LISTED = 8, 8, 8, 100
 local SERVICE_WINDOW_US = 60000000
 local INBOX_MS = 60000
 

@@ -2,7 +2,7 @@
 -- everything that may get lost between Redis and a router.
 -- ARGV: router, lease_us, its capacity: rows, tokens, lasts_us; age_us
 -- Reply: 1 when the router was known, 0 when what it held may be lost; how many were granted; entries and leases
---        swept; then id and fence of each of its leases
+--        swept; how many leases the router has
 local router, lease_us = ARGV[1], tonumber(ARGV[2])
 
 local was_living = is_living(router)
@@ -10,10 +10,6 @@ redis.call('ZADD', routers_key, integer(now_us + lease_us), router)
 tell_capacity(tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]))
 local num_swept = sweep()
 promote(tonumber(ARGV[6]))
-local reply = { was_living and 1 or 0, dispatch(), num_swept }
-for _, member in ipairs(redis.call('ZRANGEBYLEX', owned_key, '[' .. router .. ' g ', '(' .. router .. ' g!')) do
-  local id, fence = string.match(member, '^%S+ g (%S+) (%d+)$')
-  reply[#reply + 1] = id
-  reply[#reply + 1] = fence
-end
-return reply
+local num_granted = dispatch()
+local num_leases = redis.call('ZLEXCOUNT', owned_key, '[' .. router .. ' g ', '(' .. router .. ' g!')
+return { was_living and 1 or 0, num_granted, num_swept, num_leases }
