@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PROTOS := $(wildcard protos/rempart_protos/v1/*.proto)
 ARGS ?=
+# Where there is a GPU. Another one needs what the `dev` group of pyproject.toml names, and a torch built for CUDA.
+GPU_PYTHON ?= $(BIN)/python
+GPU_INSTALLED := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED))
 
 .DEFAULT_GOAL := help
 .PHONY: help up test test-cpu test-triton test-gpu test-slow compile-kernels check format protos bench bench-dsa bench-queue bench-gpu clean
@@ -15,20 +18,21 @@ help: ## show this list
 up: $(INSTALLED) ## set everything up, then serve SmolLM2-135M-Instruct on this machine (ARGS="--engines 2")
 	@$(BIN)/rempart up $(ARGS)
 
-test: test-cpu test-triton compile-kernels ## all tests that need no GPU and no long time
+test: $(INSTALLED) ## all tests that need no GPU and no long time, which are the next three
+	@$(MAKE) --no-print-directory test-cpu test-triton compile-kernels ARGS=
 
-test-cpu: $(INSTALLED) ## of these, all but the kernels for GPUs
+test-cpu: $(INSTALLED) ## all but the kernels for GPUs (ARGS="-k name")
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" --ignore tests/gpu $(ARGS)
 
-test-triton: $(INSTALLED) ## of these, the kernels for GPUs, in Triton's interpreter
+test-triton: $(INSTALLED) ## the kernels and the engine for GPUs, in Triton's interpreter
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadscope -m "not slow and not gpu" \
 	  tests/gpu $(ARGS)
 
-compile-kernels: $(INSTALLED) ## of these, every kernel compiled for A100, H100 and B200; refuses spills and slow paths without a reason
+compile-kernels: $(INSTALLED) ## every kernel for A100, H100 and B200: no spill and no slow path without a reason
 	@$(BIN)/python -m rempart_engine.kernels.compile $(ARGS)
 
-test-gpu: ## the kernels and the engine on the GPU of this machine (PYTHON=one that has torch for CUDA, triton and pytest)
-	@PYTHONPATH=engine:platform:protos $(PYTHON) -m pytest -q -m "not slow" tests/gpu $(ARGS)
+test-gpu: $(GPU_INSTALLED) ## the kernels and the engine on the GPU of this machine (GPU_PYTHON=another Python)
+	@PYTHONPATH=engine:platform:protos $(GPU_PYTHON) -m pytest -q -m "not slow" tests/gpu $(ARGS)
 
 test-slow: $(INSTALLED) ## the tests that take minutes
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)
@@ -58,8 +62,8 @@ bench-dsa: $(INSTALLED) ## dense against sparse attention of one DeepSeek-V3.2 l
 bench-queue: $(INSTALLED) ## one Lua call of the fair queue, from 1,000 requests that wait to 200,000, in two minutes
 	$(BIN)/python bench/fair_queue.py $(ARGS)
 
-bench-gpu: ## kernels, one layer's attention and a slice of DeepSeek-V3.2 on this machine's GPU, in nine minutes (PYTHON as above)
-	PYTHONPATH=engine:platform:protos $(PYTHON) bench/gpu.py $(ARGS)
+bench-gpu: $(GPU_INSTALLED) ## kernels, one layer's attention and a slice of DeepSeek-V3.2 on this machine's GPU, in nine minutes
+	PYTHONPATH=engine:platform:protos $(GPU_PYTHON) bench/gpu.py $(ARGS)
 
 clean: ## forget the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

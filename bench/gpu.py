@@ -22,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when run as a script
 
+import torch
 from bench.gpu_plots import can_plot, plot
 from bench.gpu_points import NOT_TIMED, Measured, measured_from
 from bench.gpu_report import Run, refusals, results_json, text
@@ -163,6 +164,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     groups = [group for group in GROUPS if group.name in args.groups]
+    if not args.dry_run and not torch.cuda.is_available():
+        sys.exit("there is no NVIDIA GPU, or torch was built without CUDA; --dry-run tries all of it without one")
     if num_wrong := dry_run(groups) if args.dry_run else run(groups, args.out):
         sys.exit(f"{num_wrong} points are wrong")
 
