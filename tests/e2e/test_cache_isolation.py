@@ -25,7 +25,9 @@ WHOLE_BLOCKS = (NUM_TOKENS - 1) // 64 * 64
 pytestmark = pytest.mark.e2e
 
 
-async def num_cached(stub: "inference_pb2_grpc.InferenceAsyncStub", key: str, token_ids: list[int], cache_key: str) -> int:
+async def num_cached(
+    stub: "inference_pb2_grpc.InferenceAsyncStub", key: str, token_ids: list[int], cache_key: str
+) -> int:
     """How many prompt tokens of the request came from the cache."""
     sampling = sampling_pb2.SamplingParams(max_tokens=1)
     request = inference_pb2.CompleteRequest(
