@@ -92,7 +92,8 @@ class _Room:
     """What this router has in the queue of one model."""
 
     model: str
-    keys: ModelKeys
+    keys: tuple[str, ...]
+    inbox: str
     entries: dict[str, _Entry] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
     endings: dict[str, tuple[int, float]] = field(default_factory=dict)
@@ -226,9 +227,8 @@ class FairQueue:
         Raises RedisAwayError.
         """
         room = self._room(model)
-        inbox = room.keys.inbox(self._router)
         reply = await self._redis.call(
-            lambda redis: redis.blmpop(block_s, 1, inbox, direction="LEFT", count=_MAX_GRANTS_TAKEN)
+            lambda redis: redis.blmpop(block_s, 1, room.inbox, direction="LEFT", count=_MAX_GRANTS_TAKEN)
         )
         messages = reply[1] if reply else []
         for message in messages:
@@ -264,7 +264,8 @@ class FairQueue:
     def _room(self, model: str) -> _Room:
         room = self._rooms.get(model)
         if room is None:
-            room = self._rooms[model] = _Room(model, ModelKeys(model))
+            keys = ModelKeys(model)
+            room = self._rooms[model] = _Room(model, keys.queue, keys.inbox(self._router))
             self._start_room(room)
         return room
 
@@ -437,7 +438,7 @@ class FairQueue:
 
     async def _run(self, room: _Room, script: Script, *args: str | int | float) -> ScriptReply:
         return await self._redis.run_script(
-            script, room.keys.queue, [arg if isinstance(arg, str | int) else repr(arg) for arg in args]
+            script, room.keys, [arg if isinstance(arg, str | int) else repr(arg) for arg in args]
         )
 
 
