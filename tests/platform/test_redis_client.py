@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from rempart_platform.breaker import Breaker
 from rempart_platform.errors import ErrorKind, RempartError
-from rempart_platform.tenancy.breaker import Breaker
 from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redis
 from rempart_platform.tenancy.lua import Script
 from rempart_platform.tenancy.redis_client import RedisAwayError, RedisConfig, connect_redis
@@ -107,6 +107,7 @@ def test_breaker_lets_one_probe_through_and_closes_when_it_succeeds() -> None:
     breaker = Breaker(1, 10.0, lambda: now[0])
     breaker.record_failure()
     now[0] = 9.0
+    assert breaker.refuses
     assert breaker.wait_s() == 1.0
     now[0] = 10.0
     assert breaker.wait_s() == 0.0

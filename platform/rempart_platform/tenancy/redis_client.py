@@ -15,8 +15,8 @@ from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from rempart_platform.breaker import Breaker
 from rempart_platform.errors import ErrorKind, RempartError
-from rempart_platform.tenancy.breaker import Breaker
 from rempart_platform.tenancy.lua import Script
 
 T = TypeVar("T")

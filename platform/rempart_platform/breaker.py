@@ -23,6 +23,11 @@ class Breaker:
     def is_open(self) -> bool:
         return self._failures >= self._failures_to_open
 
+    @property
+    def refuses(self) -> bool:
+        """Whether a call would have to wait at this moment. Unlike `wait_s`, asking makes nobody the probe."""
+        return self.is_open and self._clock() < self._open_until
+
     def wait_s(self) -> float:
         """Seconds until a call may pass; 0.0 lets this call pass.
 
