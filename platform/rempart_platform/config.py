@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from rempart_platform.apis.grpc_limits import GrpcLimits
 from rempart_platform.apis.http_limits import HttpLimits
 from rempart_platform.chat.format import CHAT_FORMATS
+from rempart_platform.endpoints.pick import PickConfig
 from rempart_platform.endpoints.session import SessionConfig
 from rempart_platform.endpoints.static import parse_addresses
 from rempart_platform.request_limits import RequestLimits
@@ -79,6 +80,7 @@ class RouterConfig:
     http: HttpLimits = HttpLimits()
     grpc: GrpcLimits = GrpcLimits()
     session: SessionConfig = SessionConfig()
+    pick: PickConfig = PickConfig()
     quota: QuotaConfig = QuotaConfig()
     queue: QueueConfig = QueueConfig()
 

@@ -22,6 +22,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from rempart_platform.endpoints.pick import PickRequest
 from rempart_platform.endpoints.pool import EnginePool, no_endpoint
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import GenerationEvent, GenerationRequest, Usage
@@ -184,16 +185,18 @@ class Dispatcher:
     async def _relay(self, trace: RequestTrace, settlement: "_Settlement") -> AsyncGenerator[GenerationEvent, None]:
         request = trace.request
         model = self._catalog.get(request.model)
+        asked = self._pick_request(request)
         while True:
             output = RequestOutput(request, model)
             try:
                 with (
-                    self._pool.pick(request.model, request.worst_case_tokens, avoid=trace.endpoints) as session,
-                    session.generate(self._engine_request(trace)) as stream,
+                    self._pool.pick(asked, avoid=trace.endpoints) as attempt,
+                    attempt.generate(self._engine_request(trace, asked.cache_salt)) as stream,
                 ):
-                    trace.dispatched(session.address, self._clock())
+                    trace.dispatched(attempt.address, self._clock(), attempt.expected_cached_tokens)
                     async for token_events in stream:
                         if trace.first_event_s is None:
+                            attempt.began()
                             trace.engine_began(token_events[0].num_cached_tokens, self._clock())
                         for event in output.push(token_events):
                             trace.delivered(event, self._clock())
@@ -220,7 +223,16 @@ class Dispatcher:
             and self._pool.can_serve(trace.request.model, avoid=trace.endpoints)
         )
 
-    def _engine_request(self, trace: RequestTrace) -> engine_pb2.GenerateRequest:
+    def _pick_request(self, request: GenerationRequest) -> PickRequest:
+        return PickRequest(
+            request.model,
+            request.prompt_token_ids,
+            cache_salt(self._config.cache_secret, request.caller.tenant, request.prompt_cache_key),
+            max_output_tokens=request.sampling.max_tokens,
+            num_choices=request.num_choices,
+        )
+
+    def _engine_request(self, trace: RequestTrace, salt: bytes) -> engine_pb2.GenerateRequest:
         request = trace.request
         attempt = len(trace.endpoints)
         return engine_pb2.GenerateRequest(
@@ -229,7 +241,7 @@ class Dispatcher:
             prompt_token_ids=request.prompt_token_ids,
             sampling=request.sampling,
             timeout_s=self._time_left_s(trace),
-            cache_salt=cache_salt(self._config.cache_secret, request.caller.tenant, request.prompt_cache_key),
+            cache_salt=salt,
         )
 
     def _time_left_s(self, trace: RequestTrace) -> float:

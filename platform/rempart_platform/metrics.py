@@ -68,6 +68,9 @@ class RouterMetrics:
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens charged.", "model", "tenant")
         self._completion_tokens = counter("completion_tokens", "Output tokens delivered.", "model", "tenant")
         self._cached_tokens = counter("cached_tokens", "Prompt tokens found in the prefix cache.", "model", "tenant")
+        self._expected_cached_tokens = counter(
+            "expected_cached_tokens", "Prompt tokens that the pick expected there.", "model"
+        )
         self._quota_tokens = counter("quota_tokens", "Tokens of quotas, by what became of them.", "tenant", "state")
         self._quota_events = counter("quota_events", "What befell reservations.", "event")
         self._in_flight = gauge("requests_in_flight", "Requests admitted and not ended.", "model")
@@ -127,6 +130,7 @@ class RouterMetrics:
         self._prompt_tokens.labels(model, tenant).inc(usage.prompt_tokens)
         self._completion_tokens.labels(model, tenant).inc(usage.completion_tokens)
         self._cached_tokens.labels(model, tenant).inc(usage.cached_tokens)
+        self._expected_cached_tokens.labels(model).inc(trace.num_expected_cached_tokens)
         self._prompt_length.labels(model).observe(usage.prompt_tokens)
         self._output_length.labels(model).observe(usage.completion_tokens)
         if trace.time_to_first_token_s is not None:
@@ -240,10 +244,15 @@ class EndpointCollector(Collector):
 
 
 _ENDPOINT_GAUGES: tuple[tuple[str, str, Callable[[EndpointState], float]], ...] = (
-    ("ready", "1 when the endpoint can be picked.", lambda state: state.is_ready and not state.is_draining),
+    ("ready", "1 when the endpoint is ready and not draining.", lambda state: state.is_ready and not state.is_draining),
     ("draining", "1 when the engine takes no new requests.", lambda state: state.is_draining),
+    ("left_out", "1 when it failed too often and is not picked for a while.", lambda state: state.is_left_out),
     ("in_flight_requests", "This router's requests there.", lambda state: state.num_in_flight),
-    ("in_flight_tokens", "The most tokens these can come to.", lambda state: state.num_in_flight_tokens),
+    (
+        "in_flight_tokens",
+        "Tokens these had to compute when they came, of their outputs only what counts for a pick.",
+        lambda state: state.num_in_flight_tokens,
+    ),
     ("waiting_sequences", "Sequences waiting, as the engine says.", lambda state: state.load.num_waiting),
     ("running_sequences", "Sequences running, as the engine says.", lambda state: state.load.num_running),
     ("free_kv_blocks", "KV blocks free, as the engine says.", lambda state: state.load.num_free_blocks),

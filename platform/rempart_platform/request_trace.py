@@ -26,6 +26,8 @@ class RequestTrace:
     """Tokens that the consumer has taken."""
     num_reasoning_tokens: int = 0
     """Those of them that came as reasoning."""
+    num_expected_cached_tokens: int = 0
+    """What the last pick expected of `num_cached_tokens`."""
     num_cached_tokens: int = 0
     finish_reasons: list[str] = field(default_factory=list)
     is_complete: bool = False
@@ -62,8 +64,9 @@ class RequestTrace:
         """Whether it failed by our fault before an engine began."""
         return self.first_event_s is None and self.error in (ErrorKind.UNAVAILABLE, ErrorKind.INTERNAL)
 
-    def dispatched(self, endpoint: str, now_s: float) -> None:
+    def dispatched(self, endpoint: str, now_s: float, num_expected_cached_tokens: int = 0) -> None:
         """Counts a hand-over to an endpoint."""
+        self.num_expected_cached_tokens = num_expected_cached_tokens
         self.endpoints.append(endpoint)
         self.dispatched_s = now_s
 

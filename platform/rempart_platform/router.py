@@ -119,8 +119,8 @@ def _build_pool(config: RouterConfig, catalog: ModelCatalog) -> tuple[EnginePool
         sync_model(catalog, changed, pool.states())
         readiness.check()
 
-    pool = EnginePool(config.engines, config.session, random.Random(), take_change)
-    readiness = Readiness(lambda: any(pool.can_serve(model.name) for model in catalog.all()))
+    pool = EnginePool(config.engines, config.session, random.Random(), take_change, picking=config.pick)
+    readiness = Readiness(lambda: any(pool.is_served(model.name) for model in catalog.all()))
     return pool, readiness
 
 

@@ -8,6 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from rempart_platform.dispatcher import DispatchConfig, Dispatcher, cache_salt
+from rempart_platform.endpoints.pick import PickConfig, PickRequest
 from rempart_platform.endpoints.pool import EnginePool
 from rempart_platform.endpoints.session import SessionConfig
 from rempart_platform.endpoints.testing import FakeEngine, Faults, fake_model_info, hash_token
@@ -28,6 +29,7 @@ from rempart_protos.v1 import engine_pb2, sampling_pb2
 
 EVERYTHING = 10**6
 FAST = SessionConfig(backoff_initial_s=0.01)
+PATIENT = PickConfig(failures_to_leave_out=3, left_out_s=3600.0)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ async def rig(*engines: FakeEngine, max_open: int | None = None, session: Sessio
             if len(ready) == len(engines):
                 all_ready.set()
 
-        pool = EnginePool([engine.address for engine in engines], session, random.Random(1), on_change)
+        addresses = [engine.address for engine in engines]
+        pool = EnginePool(addresses, session, random.Random(1), on_change, picking=PATIENT)
         task = asyncio.create_task(pool.run())
         await asyncio.wait_for(all_ready.wait(), 10)
         ledger, registry = RecordingLedger(max_open), CollectorRegistry()
@@ -292,7 +295,7 @@ async def test_an_engine_lost_in_mid_stream_is_a_retryable_error_and_what_came_i
 async def test_an_engine_that_cannot_begin_is_replaced_without_the_client_noticing(faults: Faults) -> None:
     async with rig(FakeEngine(faults=faults), FakeEngine(fake_model_info(num_blocks=8))) as r:
         # The second engine is small and looks busy, so the first is picked first.
-        with r.pool.pick("fake", 10**6, avoid=[r.engines[0].address]):
+        with r.pool.pick(PickRequest("fake", (5,) * 100), avoid=[r.engines[0].address]):
             events = await r.run(request())
         assert [engine.started[0].request_id for engine in r.engines] == ["r", "r.1"]
         assert len(token_ids_of(events)) == 20
@@ -310,6 +313,16 @@ async def test_attempts_are_bounded() -> None:
         assert sum(len(engine.started) for engine in r.engines) == 2
         assert r.ledger.refunded_ids == ["r"]
         assert r.ledger.usages == {}
+
+
+async def test_engines_that_refuse_everything_are_left_alone_and_requests_fail_at_once() -> None:
+    refuse = Faults(refuse=engine_pb2.EngineError.CODE_UNAVAILABLE)
+    async with rig(FakeEngine(faults=refuse), FakeEngine(faults=refuse)) as r:
+        errors = [await r.failure(request(f"r{number}"), []) for number in range(10)]
+        assert {error.kind for error in errors} == {ErrorKind.UNAVAILABLE}
+        assert all(error.retry_after_s is not None for error in errors)
+        assert [len(engine.started) for engine in r.engines] == [3, 3]
+        await r.assert_nothing_is_left()
 
 
 async def test_a_request_that_the_engine_refuses_is_not_tried_again() -> None:

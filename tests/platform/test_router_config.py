@@ -25,12 +25,14 @@ def test_flags_reach_values_at_any_depth() -> None:
             *("--model", "b=/models/b", "--http-port", "0", "--drain-timeout-s", "1.5", "--log-level", "error"),
             *("--http-max-body-bytes", "5", "--limits-max-n", "2", "--grpc-max-streams", "3"),
             *("--session-max-buffered-tokens", "4", "--quota-default-limits-concurrency", "6"),
+            *("--pick-max-prefixes", "8", "--pick-left-out-s", "0.5"),
             *("--tenants-file", "tenants.toml", "--quota-default-limits-tokens-per-day", "7"),
         )
     )
     assert [model.name for model in config.models] == ["a", "b"]
     assert (config.http_port, config.drain_timeout_s, config.log_level) == (0, 1.5, "error")
     assert (config.http.max_body_bytes, config.limits.max_n, config.grpc.max_streams) == (5, 2, 3)
+    assert (config.pick.max_prefixes, config.pick.left_out_s) == (8, 0.5)
     assert (config.tenants_file, config.quota.default_limits.tokens_per_day) == ("tenants.toml", 7)
     assert (config.session.max_buffered_tokens, config.quota.default_limits.concurrency) == (4, 6)
 
@@ -60,6 +62,7 @@ def test_a_models_chat_format_can_be_chosen() -> None:
         ((*ARGS, "--chat-format", "a=latin"), "'a=latin' is not NAME=FORMAT with a format of chatml"),
         ((*ARGS, "--chat-format", "chatml"), "'chatml' is not NAME=FORMAT"),
         ((*ARGS, "--chat-format", "b=chatml"), "--chat-format names b"),
+        ((*ARGS, "--pick-failures-to-leave-out", "0"), "failures_to_leave_out"),
         ((*ARGS, "--quota-cached-token-weight", "2"), "cached_token_weight"),
     ],
 )

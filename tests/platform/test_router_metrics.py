@@ -37,7 +37,7 @@ def test_a_whole_request_is_measured() -> None:
     request = trace()
     metrics.request_admitted(request)
     assert registry.get_sample_value("rempart_router_requests_in_flight", {"model": "m"}) == 1
-    request.dispatched("a:1", 10.25)
+    request.dispatched("a:1", 10.25, num_expected_cached_tokens=1)
     request.engine_began(num_cached_tokens=2, now_s=10.5)
     request.delivered(Delta(0, "x", (1,)), 11.0)
     request.delivered(Delta(0, "yz", (2, 3)), 13.0)
@@ -60,6 +60,7 @@ def test_a_whole_request_is_measured() -> None:
     assert value("prompt_tokens_total", tenant="acme") == 3
     assert value("completion_tokens_total", tenant="acme") == 3
     assert value("cached_tokens_total", tenant="acme") == 2
+    assert value("expected_cached_tokens_total") == 1
     for state, count in (("reserved", 13), ("settled", 6), ("refunded", 7)):
         labels = {"tenant": "acme", "state": state}
         assert registry.get_sample_value("rempart_router_quota_tokens_total", labels) == count
@@ -114,8 +115,10 @@ def test_endpoints_are_read_at_the_scrape() -> None:
         return registry.get_sample_value(f"rempart_router_endpoint_{name}", {"endpoint": "a:1", "model": "m"})
 
     assert (value("ready"), value("waiting_sequences"), value("free_kv_blocks")) == (1, 2, 7)
-    states[0] = replace(state, load=EndpointLoad(is_draining=True), num_in_flight=3)
+    assert value("left_out") == 0
+    states[0] = replace(state, load=EndpointLoad(is_draining=True), num_in_flight=3, is_left_out=True)
     assert (value("ready"), value("draining"), value("in_flight_requests")) == (0, 1, 3)
+    assert value("left_out") == 1
 
 
 def test_the_ledgers_events_are_counted() -> None:

@@ -62,6 +62,8 @@ class EndpointState:
     load: EndpointLoad = EndpointLoad()
     num_in_flight: int = 0
     num_in_flight_tokens: int = 0
+    is_left_out: bool = False
+    """Too many attempts in a row failed here; after a while one may probe."""
     full_rows: int = 0
     """The most sequences that were seen to run here while others waited; 0 while that was not seen."""
 

@@ -1,14 +1,22 @@
-"""All endpoints of a router: one session each, and the choice among them."""
+"""All endpoints of a router: one session each, what it remembers of them, and the choice among them."""
 
 import asyncio
 import random
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
-from rempart_platform.endpoints import pick as picking
+from rempart_platform.breaker import Breaker
 from rempart_platform.endpoints.load import EndpointState
+from rempart_platform.endpoints.pick import PickConfig, PickRequest, can_take, pick, serves
+from rempart_platform.endpoints.prefix_index import BLOCK_TOKENS, PrefixIndex, prefix_hashes
 from rempart_platform.endpoints.session import EngineSession, SessionConfig
+from rempart_platform.endpoints.token_stream import TokenStream
 from rempart_platform.errors import ErrorKind, RempartError
+from rempart_protos.v1 import engine_pb2
+
+_DEFAULT_PICKING = PickConfig()
 
 
 def no_endpoint(model: str, retry_after_s: float) -> RempartError:
@@ -16,6 +24,40 @@ def no_endpoint(model: str, retry_after_s: float) -> RempartError:
     return RempartError(
         ErrorKind.UNAVAILABLE, f"No engine is ready to serve {model!r}. Try again.", retry_after_s=retry_after_s
     )
+
+
+class Attempt:
+    """A request at the endpoint that was picked for it.
+
+    Args:
+        session: the endpoint's.
+        expected_cached_tokens: of its prompt, as the pick expected.
+        breaker: the endpoint's.
+    """
+
+    def __init__(self, session: EngineSession, expected_cached_tokens: int, breaker: Breaker) -> None:
+        self.expected_cached_tokens = expected_cached_tokens
+        self._session = session
+        self._breaker = breaker
+        self._has_begun = False
+
+    @property
+    def address(self) -> str:
+        return self._session.address
+
+    def generate(self, request: engine_pb2.GenerateRequest) -> TokenStream:
+        """As `EngineSession.generate`."""
+        return self._session.generate(request)
+
+    def began(self) -> None:
+        """To be called at the engine's first event: the endpoint works."""
+        self._has_begun = True
+        self._breaker.record_success()
+
+    def failed(self, error: RempartError) -> None:
+        """Counts an end by an error. What an engine had begun and then lost is told by its session."""
+        if error.kind is ErrorKind.UNAVAILABLE and not self._has_begun:
+            self._breaker.record_failure()
 
 
 class EnginePool:
@@ -26,7 +68,9 @@ class EnginePool:
         config: for every session.
         rng: spreads requests over equal endpoints and jitters reconnects.
         on_change: told when an endpoint becomes ready, starts to drain, or is lost.
+        picking: what is remembered and expected of endpoints.
         retry_after_s: wait that is advised while no endpoint is ready.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -35,11 +79,20 @@ class EnginePool:
         config: SessionConfig,
         rng: random.Random,
         on_change: Callable[[EndpointState], None] = lambda state: None,
+        *,
+        picking: PickConfig = _DEFAULT_PICKING,
         retry_after_s: float = 2.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._rng = rng
+        self._on_change = on_change
+        self._picking = picking
         self._retry_after_s = retry_after_s
-        self._sessions = {address: EngineSession(address, config, rng, on_change) for address in addresses}
+        self._sessions = {address: EngineSession(address, config, rng, self._take_change) for address in addresses}
+        self._breakers = {
+            address: Breaker(picking.failures_to_leave_out, picking.left_out_s, clock) for address in addresses
+        }
+        self._prefixes = PrefixIndex(picking.max_prefixes)
 
     async def run(self) -> None:
         """Keeps all sessions up until cancelled."""
@@ -49,22 +102,59 @@ class EnginePool:
 
     def states(self) -> tuple[EndpointState, ...]:
         """All endpoints at this moment."""
-        return tuple(session.state for session in self._sessions.values())
+        return tuple(
+            replace(session.state, is_left_out=self._breakers[address].refuses)
+            for address, session in self._sessions.items()
+        )
+
+    def is_served(self, model: str) -> bool:
+        """Whether some endpoint is ready for the model, be it left out for a while."""
+        return any(serves(state, model) for state in self.states())
 
     def can_serve(self, model: str, avoid: Collection[str] = ()) -> bool:
         """Whether some endpoint other than those to avoid can take a request for the model now."""
-        return any(picking.can_take(state, model) and state.address not in avoid for state in self.states())
+        return any(can_take(state, model) and state.address not in avoid for state in self.states())
 
     @contextmanager
-    def pick(self, model: str, num_tokens: int, avoid: Collection[str] = ()) -> Iterator[EngineSession]:
-        """The session for a request of at most `num_tokens`, in flight there until the block is left.
+    def pick(self, request: PickRequest, avoid: Collection[str] = ()) -> Iterator[Attempt]:
+        """An endpoint for the request, in flight there until the block is left.
 
         Raises:
             RempartError: UNAVAILABLE with the advised wait, when no endpoint can take it.
         """
-        state = picking.pick(self.states(), model, self._rng, avoid)
+        hashes = self._hashes(request)
+        cached = {address: self._cached_tokens(address, request, hashes) for address in self._sessions}
+        state = pick(self.states(), request.model, self._rng, avoid=avoid, cached_tokens=cached)
         if state is None:
-            raise no_endpoint(model, self._retry_after_s)
-        session = self._sessions[state.address]
-        with session.in_flight(num_tokens):
-            yield session
+            raise no_endpoint(request.model, self._retry_after_s)
+        assert state.model is not None  # or it could not take any
+        address = state.address
+        room = state.load.num_blocks * state.model.block_size // BLOCK_TOKENS
+        self._prefixes.remember(address, hashes, room)
+        self._breakers[address].wait_s()  # where it is open this request is the probe, and no other passes
+        attempt = Attempt(self._sessions[address], cached[address], self._breakers[address])
+        with self._sessions[address].in_flight(self._work_tokens(request, cached[address])):
+            try:
+                yield attempt
+            except RempartError as error:
+                attempt.failed(error)
+                raise
+
+    def _hashes(self, request: PickRequest) -> tuple[int, ...]:
+        if self._picking.max_prefixes == 0:
+            return ()
+        return prefix_hashes(request.cache_salt, request.prompt_token_ids)
+
+    def _cached_tokens(self, address: str, request: PickRequest, hashes: Sequence[int]) -> int:
+        # The last token is always computed, for its logits, so a block that ends with it is too.
+        usable = hashes[: max(len(request.prompt_token_ids) - 1, 0) // BLOCK_TOKENS]
+        return self._prefixes.num_cached_blocks(address, usable) * BLOCK_TOKENS
+
+    def _work_tokens(self, request: PickRequest, cached_tokens: int) -> int:
+        output_tokens = min(request.max_output_tokens, self._picking.max_counted_output_tokens)
+        return len(request.prompt_token_ids) - cached_tokens + request.num_choices * output_tokens
+
+    def _take_change(self, state: EndpointState) -> None:
+        if not state.is_ready:
+            self._prefixes.forget(state.address)
+        self._on_change(state)
