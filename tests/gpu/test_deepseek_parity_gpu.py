@@ -4,13 +4,12 @@ In Triton's interpreter a token takes a second, so that there the sequences are 
 family, rotary layout, grouping and sharing of indexers comes up once. On a GPU it is the whole suite.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.engine.deepseek_parity import AS_PUBLISHED, CASES, LONG, Both, Case, Parity, both, in_pieces
 
 from rempart_engine.kernels.target import INTERPRETED
-from tests.engine.deepseek_parity import AS_PUBLISHED, CASES, LONG, Both, Case, Parity, both, in_pieces
 
 SHORT = [
     Case(1, 8, 75, yarn=AS_PUBLISHED, indexers="FF"),
