@@ -89,7 +89,7 @@ async def test_a_chat_is_admitted_streamed_finished_and_charged() -> None:
     assert events[4].usage.cached_tokens == 2
     assert initial["x-ratelimit-limit-requests"] == trailing["x-ratelimit-limit-requests"] == "60"
     assert request.timeout_s is not None
-    assert 20 < request.timeout_s <= 30
+    assert 20 < request.timeout_s <= 31  # gRPC rounds deadlines up
 
 
 async def test_completions_carry_echo_logprobs_and_choices() -> None:
