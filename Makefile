@@ -18,15 +18,17 @@ help: ## show this list
 up: $(INSTALLED) ## set everything up, then serve SmolLM2-135M-Instruct on this machine (ARGS="--engines 2")
 	@$(BIN)/rempart up $(ARGS)
 
-test: $(INSTALLED) ## all tests that need no GPU and no long time, which are the next three
-	@$(MAKE) --no-print-directory test-cpu test-triton compile-kernels ARGS=
+test: test-cpu test-triton compile-kernels ## all tests that need no GPU and no long time
 
-test-cpu: $(INSTALLED) ## all but the kernels for GPUs (ARGS="-k name")
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu" --ignore tests/gpu $(ARGS)
+# Two processes that wait for their threads by spinning would take each other's cores.
+test-cpu: $(INSTALLED) ## of these, all but the kernels for GPUs
+	@GOMP_SPINCOUNT=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder \
+	  -m "not slow and not gpu" tests/engine
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" tests/platform tests/e2e
 
 test-triton: $(INSTALLED) ## the kernels and the engine for GPUs, in Triton's interpreter
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadscope -m "not slow and not gpu" \
-	  tests/gpu $(ARGS)
+	  tests/gpu
 
 compile-kernels: $(INSTALLED) ## every kernel for A100, H100 and B200: no spill and no slow path without a reason
 	@$(BIN)/python -m rempart_engine.kernels.compile $(ARGS)
