@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from rempart_engine.core.step import StepPlan
+from rempart_engine.host_copies import to_device
 from rempart_engine.inputs import IntArray, StepArrays, StepInputs
 from rempart_engine.kept import Kept
 from rempart_engine.kv_storage import KVStorage
@@ -92,7 +93,7 @@ class Drafter:
 
 
 def _selected(hidden: torch.Tensor, tokens: NDArray[np.int64]) -> torch.Tensor:
-    return hidden[torch.from_numpy(tokens).to(hidden.device)]
+    return hidden[to_device(tokens, hidden.device)]
 
 
 def _tails(plan: StepPlan, places: Places, kept: Kept) -> _Tails:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from rempart_engine.core.step import NewRow, StepPlan, TokenLogprob
+from rempart_engine.host_copies import to_device
 from rempart_engine.inputs import IntArray
 from rempart_engine.logprobs import prompt_logprobs
 from rempart_engine.results import first_outputs
@@ -36,7 +37,7 @@ class PromptLogprobs:
         for row, first in zip(plan.rows, first_outputs(plan.rows), strict=True):
             if row.wants_prompt_logprobs:
                 following = self._token_ids(row.row, row.start + 1, row.start + row.num_new_tokens + 1)
-                ids = torch.from_numpy(np.ascontiguousarray(following)).to(logits.device)
+                ids = to_device(np.ascontiguousarray(following), logits.device)
                 wanted = logits[first : first + len(following)]
                 result[row.row] = tuple(prompt_logprobs(wanted, ids, self._num_top[row.row]))
         return result

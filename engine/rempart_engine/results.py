@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from rempart_engine.core.step import RowResult, ScheduledRow, StepPlan, TokenLogprob
+from rempart_engine.host_copies import to_device
 from rempart_engine.inputs import num_outputs
 from rempart_engine.kept import Kept
 from rempart_engine.places import Places
@@ -30,7 +31,7 @@ def sampled_logits(plan: StepPlan, logits: torch.Tensor) -> torch.Tensor:
         if row.samples
     ]
     index = np.concatenate(wanted) if wanted else np.zeros(0, np.int64)
-    return logits[torch.from_numpy(index).to(logits.device)]
+    return logits[to_device(index, logits.device)]
 
 
 def row_results(

@@ -17,6 +17,7 @@ from rempart_engine.drafter import Drafter
 from rempart_engine.gpu.copies import Download, to_host
 from rempart_engine.gpu.graphs import Graphs, Outputs
 from rempart_engine.gpu.rows import DeviceRows
+from rempart_engine.host_copies import to_device
 from rempart_engine.inputs import StepArrays, StepInputs
 from rempart_engine.kept import Kept
 from rempart_engine.kv_storage import KVStorage
@@ -133,7 +134,7 @@ class GpuRunner:
         if outputs is not None:
             hidden, logits = outputs
             if len(arrays.output_tokens) < len(logits):
-                logits = logits[torch.from_numpy(arrays.output_tokens).to(logits.device)]
+                logits = logits[to_device(arrays.output_tokens, logits.device)]
             return hidden, logits
         inputs = self._rows.inputs(arrays)
         hidden = self._model(inputs, self._storage)
