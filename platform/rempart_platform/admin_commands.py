@@ -18,6 +18,7 @@ from rempart_platform.admin_console import (
     time_text,
 )
 from rempart_platform.limit_options import (
+    EVERY_MODEL,
     LIMITS,
     Model,
     Unset,
@@ -42,7 +43,6 @@ _KeyId = Annotated[str, typer.Argument(help="As `key issue` and `key list` give 
 _Days = Annotated[
     float | None, typer.Option("--expires-in-days", min=0, help="When the key ends by itself.", show_default=False)
 ]
-_EVERY_MODEL = "(all)"
 _DAY_S = 86_400
 
 
@@ -207,7 +207,7 @@ def _show_tenants(found: "Sequence[admin_pb2.Tenant]", document: Mapping[str, ob
     for tenant in found:
         inherited = "plan" if tenant.plan else "default"
         cells = limit_cells(tenant.limits, inherited)
-        rows.append((tenant.name, tenant.plan or "-", _EVERY_MODEL, *cells, time_text(tenant.created_s)))
+        rows.append((tenant.name, tenant.plan or "-", EVERY_MODEL, *cells, time_text(tenant.created_s)))
         rows += [(tenant.name, "", each.model, *limit_cells(each.limits, "-"), "") for each in tenant.model_limits]
     print_table(("tenant", "plan", "model", *LIMITS.values(), "created"), rows)
 

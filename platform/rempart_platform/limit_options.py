@@ -12,6 +12,8 @@ from rempart_platform.tenancy.money import format_money, parse_money
 if TYPE_CHECKING:
     from rempart_protos.v1 import admin_pb2
 
+EVERY_MODEL = "(all)"
+"""Stands in tables where limits are of no model alone."""
 LIMITS = {
     "requests_per_minute": "requests/min",
     "tokens_per_minute": "tokens/min",

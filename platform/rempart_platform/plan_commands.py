@@ -16,6 +16,7 @@ from rempart_platform.admin_console import (
     time_text,
 )
 from rempart_platform.limit_options import (
+    EVERY_MODEL,
     LIMITS,
     Model,
     Unset,
@@ -34,7 +35,6 @@ plans = typer.Typer(help="Plans: sets of limits that tenants inherit.", no_args_
 prices = typer.Typer(help="What tokens cost.", no_args_is_help=True)
 
 _PlanName = Annotated[str, typer.Argument(help="Lower-case letters, digits and '-'.")]
-_EVERY_MODEL = "(all)"
 
 
 @plans.command("set")
@@ -119,7 +119,7 @@ def _show_plans(found: "Sequence[admin_pb2.Plan]", *, as_json: bool, document: d
         return
     rows = []
     for plan in found:
-        rows.append((plan.name, _EVERY_MODEL, *limit_cells(plan.limits, "default"), time_text(plan.created_s)))
+        rows.append((plan.name, EVERY_MODEL, *limit_cells(plan.limits, "default"), time_text(plan.created_s)))
         rows += [(plan.name, each.model, *limit_cells(each.limits, "-"), "") for each in plan.model_limits]
     print_table(("plan", "model", *LIMITS.values(), "created"), rows)
 
