@@ -1,0 +1,53 @@
+"""Object storage for what outlives a request and is too large for Redis: a folder, or a bucket of any S3 service.
+
+file:///var/lib/rempart     a folder of this machine, made when it is not there
+s3://bucket/prefix          AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL say where and who
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from obstore.store import LocalStore, ObjectStore, S3Store
+
+__all__ = ["ObjectStore", "ObjectStoreUrlError", "open_object_store"]
+
+
+class ObjectStoreUrlError(ValueError):
+    """What is wrong with the URL."""
+
+
+def open_object_store(url: str, environ: Mapping[str, str] = os.environ) -> ObjectStore:
+    """A store whose paths are relative to the URL. Nothing is asked of it yet.
+
+    Raises:
+        ObjectStoreUrlError: neither file:///FOLDER nor s3://BUCKET[/PREFIX], or the folder cannot be made.
+    """
+    parts = urlsplit(url)
+    path = unquote(parts.path)
+    if parts.scheme == "file" and not parts.netloc and path.strip("/"):
+        return _folder(Path(path))
+    if parts.scheme == "s3" and parts.netloc:
+        return _bucket(parts.netloc, path.strip("/"), environ)
+    raise ObjectStoreUrlError(f"{url!r} is neither file:///FOLDER nor s3://BUCKET/PREFIX")
+
+
+def _folder(path: Path) -> ObjectStore:
+    try:
+        return LocalStore(path, mkdir=True)
+    except OSError as error:
+        raise ObjectStoreUrlError(f"the folder {path} cannot be made: {error}") from None
+
+
+def _bucket(bucket: str, prefix: str, environ: Mapping[str, str]) -> ObjectStore:
+    endpoint = environ.get("AWS_ENDPOINT_URL", "")
+    return S3Store(
+        bucket,
+        prefix=prefix or None,
+        endpoint=endpoint or None,
+        region=environ.get("AWS_REGION") or None,
+        access_key_id=environ.get("AWS_ACCESS_KEY_ID") or None,
+        secret_access_key=environ.get("AWS_SECRET_ACCESS_KEY") or None,
+        client_options={"allow_http": endpoint.startswith("http://")},
+    )

@@ -1,0 +1,59 @@
+"""A folder and a bucket behave alike."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import obstore
+import pytest
+from moto.server import ThreadedMotoServer
+from obstore.exceptions import AlreadyExistsError
+
+from rempart_platform.object_store import ObjectStoreUrlError, open_object_store
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def url_and_environ(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    if request.param == "folder":
+        yield f"file://{tmp_path}/new", {}
+        return
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    access = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "fr-par"}
+    s3 = boto3.client(
+        "s3",
+        endpoint_url=f"http://{host}:{port}",
+        region_name="fr-par",
+        aws_access_key_id="id",
+        aws_secret_access_key="secret",
+    )
+    s3.create_bucket(Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": "fr-par"})
+    yield "s3://bucket/a/prefix", {**access, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    server.stop()
+
+
+async def test_what_is_put_is_listed_and_got_and_is_not_overwritten(
+    url_and_environ: tuple[str, dict[str, str]],
+) -> None:
+    store = open_object_store(*url_and_environ)
+    await obstore.put_async(store, "x/one", b"first", mode="create")
+    with pytest.raises(AlreadyExistsError):
+        await obstore.put_async(store, "x/one", b"second", mode="create")
+    got = await obstore.get_async(store, "x/one")
+    assert bytes(await got.bytes_async()) == b"first"
+    assert [each["path"] for each in await obstore.list(store, "x").collect_async()] == ["x/one"]
+    with pytest.raises(FileNotFoundError):
+        await obstore.get_async(store, "x/two")
+
+
+@pytest.mark.parametrize("url", ["", "file://", "file:///", "file://host/path", "s3://", "http://x/y", "/var/lib"])
+def test_other_urls_are_refused(url: str) -> None:
+    with pytest.raises(ObjectStoreUrlError, match="neither file"):
+        open_object_store(url)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ObjectStoreUrlError, match="cannot be made"):
+        open_object_store(f"file://{tmp_path}/file/below")
