@@ -123,9 +123,9 @@ class Queue:
 
     def _enqueue_args(self, tenant: str, rows: int = 1) -> tuple[str, list[str | int]]:
         request_id = f"{next(self._ids):032x}"
-        charge, queue_class = self._rng.randint(10, 9000), self._rng.choice((1, 2, 2, 2, 3, 4))
+        charge, service_tier = self._rng.randint(10, 9000), self._rng.choice((1, 2, 2, 2, 3, 4))
         weight = self._rng.choice(("1", "1", "4"))
-        who: list[str | int] = [request_id, _ROUTER, queue_class, tenant, weight, charge, 1, charge, _HOUR_US]
+        who: list[str | int] = [request_id, _ROUTER, service_tier, tenant, weight, charge, 1, charge, _HOUR_US]
         return request_id, [*who, *self._room(rows), _HOUR_US, _NO_LIMIT, _NO_LIMIT]
 
     def _room(self, rows: int) -> tuple[int, int, int]:

@@ -175,6 +175,7 @@ class Dispatcher:
             num_output_tokens=request.num_choices * request.sampling.max_tokens,
             num_rows=request.num_choices,
             timeout_s=self._time_left_s(trace),
+            service_tier=request.service_tier,
         )
         try:
             return await self._queue.acquire(asked)

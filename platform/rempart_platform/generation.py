@@ -6,7 +6,7 @@ Both front ends speak through `rempart.v1` messages, so there is one validator a
 """
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, IntEnum
 
 from rempart_platform.chat.message import Conversation
 from rempart_protos.v1 import sampling_pb2
@@ -19,6 +19,15 @@ class FinishReason(Enum):
     LENGTH = "length"
     TOOL_CALLS = "tool_calls"
     """The model ended its output, as with STOP, and had called tools in it."""
+
+
+class ServiceTier(IntEnum):
+    """Classes of requests, in the order in which they are served; the names are OpenAI's."""
+
+    PRIORITY = 1
+    DEFAULT = 2
+    FLEX = 3
+    BATCH = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +59,7 @@ class GenerationRequest:
     timeout_s: float | None = None
     conversation: Conversation | None = field(default=None, repr=False)
     """What the prompt was rendered from, which tells how to read the output; None for a prompt that was no chat."""
+    service_tier: ServiceTier = ServiceTier.DEFAULT
     max_tool_calls: int | None = None
     """A choice ends before it makes more calls than these."""
 

@@ -159,9 +159,9 @@ class RouterMetrics:
 
     def queue_stands(self, model: str, snapshot: QueueSnapshot) -> None:
         """How the queue of all routers stands; each of them tells the same."""
-        for queue_class, part in snapshot.classes.items():
-            self._queue_depth.labels(model, queue_class.name.lower()).set(part.num_waiting)
-            self._queue_lag.labels(model, queue_class.name.lower()).set(part.lag)
+        for service_tier, part in snapshot.classes.items():
+            self._queue_depth.labels(model, service_tier.name.lower()).set(part.num_waiting)
+            self._queue_lag.labels(model, service_tier.name.lower()).set(part.lag)
         for unit, granted, room in (
             ("rows", snapshot.rows, snapshot.max_rows),
             ("tokens", snapshot.tokens, snapshot.max_tokens),

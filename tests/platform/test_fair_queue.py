@@ -14,7 +14,7 @@ from redis.crc import key_slot
 
 from rempart_platform.endpoints.capacity import Capacity
 from rempart_platform.errors import ErrorKind, RempartError
-from rempart_platform.generation import Usage
+from rempart_platform.generation import ServiceTier, Usage
 from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redis
 from rempart_platform.tenancy.fair_queue import (
     DISPATCH,
@@ -28,7 +28,7 @@ from rempart_platform.tenancy.fair_queue import (
 )
 from rempart_platform.tenancy.queue_keys import ModelKeys
 from rempart_platform.tenancy.queue_testing import RecordingQueueObserver
-from rempart_platform.tenancy.queue_values import Place, QueueClass, QueueConfig, QueueRequest, QueueSnapshot
+from rempart_platform.tenancy.queue_values import Place, QueueConfig, QueueRequest, QueueSnapshot
 from rempart_platform.tenancy.redis_client import RedisClient, RedisConfig, connect_redis
 from rempart_platform.tenancy.testing import own_redis
 from rempart_platform.tenancy.weights import TenantWeights
@@ -178,14 +178,14 @@ async def test_the_position_and_an_estimate_of_the_wait_are_told(
     for number in range(4):
         await queue.enqueue(ask(f"a{number}", "a"))
     await queue.enqueue(ask("b0", "b"))
-    await queue.enqueue(ask("urgent", "c", queue_class=QueueClass.PRIORITY))
+    await queue.enqueue(ask("urgent", "c", service_tier=ServiceTier.PRIORITY))
     last = await queue.snapshot(MODEL, tenant="a", request_id="a3")
     only = await queue.snapshot(MODEL, tenant="b", request_id="b0")
     assert (last.is_waiting, last.num_waiting_of_tenant, last.num_ahead) == (True, 4, 5)
     assert (only.is_waiting, only.num_waiting_of_tenant, only.num_ahead) == (True, 1, 2)
-    assert last.classes[QueueClass.DEFAULT].num_waiting == 5
-    assert last.classes[QueueClass.DEFAULT].num_tenants == 2
-    assert last.classes[QueueClass.PRIORITY].num_waiting == 1
+    assert last.classes[ServiceTier.DEFAULT].num_waiting == 5
+    assert last.classes[ServiceTier.DEFAULT].num_tenants == 2
+    assert last.classes[ServiceTier.PRIORITY].num_waiting == 1
     assert not (await queue.snapshot(MODEL, request_id="running")).is_waiting
     for _ in range(2):  # grants have a pace once there were some
         queue.release(place, SOME)
@@ -440,7 +440,7 @@ class History:
             f"t{self.rng.randrange(6)}",
             num_output_tokens=self.rng.choice((1, 50, 200)),
             num_rows=self.rng.choice((1, 1, 3)),
-            queue_class=self.rng.choice(list(QueueClass)),
+            service_tier=self.rng.choice(list(ServiceTier)),
         )
         self.waiting.append((queue, request, await queue.enqueue(request)))
 

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 
 from rempart_platform.endpoints.capacity import Capacity
-from rempart_platform.generation import Usage
+from rempart_platform.generation import ServiceTier, Usage
 from rempart_platform.tenancy.fair_queue import FairQueue
 from rempart_platform.tenancy.keyspace import TenantKeys
 from rempart_platform.tenancy.queue_testing import RecordingQueueObserver, SimulatedEngines, jain
-from rempart_platform.tenancy.queue_values import QueueClass, QueueConfig, QueueRequest
+from rempart_platform.tenancy.queue_values import QueueConfig, QueueRequest
 from rempart_platform.tenancy.redis_client import RedisClient
 from rempart_platform.tenancy.testing import own_redis
 
@@ -48,7 +48,7 @@ class Load:
         prompts: tuple[int, int],
         *,
         overestimate: float = 1.0,
-        queue_class: QueueClass = QueueClass.DEFAULT,
+        service_tier: ServiceTier = ServiceTier.DEFAULT,
     ) -> None:
         """One request, whose prompt has a length in that range, half of it cached at times."""
         num_prompt, num_output = self._rng.randint(*prompts), self._rng.randint(1, 400)
@@ -59,7 +59,7 @@ class Load:
             MODEL,
             num_prompt_tokens=num_prompt,
             num_output_tokens=round(num_output * overestimate),
-            queue_class=queue_class,
+            service_tier=service_tier,
         )
         await self._engines.ask(queue, request, usage, self._config.charge(usage))
 
@@ -162,9 +162,9 @@ async def test_classes_are_served_in_their_order(redis: RedisClient) -> None:
     load = Load(engines, seed=6)
     for _ in range(ROWS):
         await load.bring(queue, "running", (10, 1000))
-    for queue_class in (QueueClass.BATCH, QueueClass.DEFAULT, QueueClass.FLEX, QueueClass.PRIORITY):
+    for service_tier in (ServiceTier.BATCH, ServiceTier.DEFAULT, ServiceTier.FLEX, ServiceTier.PRIORITY):
         for _ in range(3):
-            await load.bring(queue, queue_class.name.lower(), (10, 1000), queue_class=queue_class)
+            await load.bring(queue, service_tier.name.lower(), (10, 1000), service_tier=service_tier)
     while await engines.step():
         pass
     names = [name for name in ("priority", "default", "flex", "batch") for _ in range(3)]
@@ -177,10 +177,10 @@ async def test_with_age_the_lowest_class_is_served_beside_a_flood_of_the_highest
     engines = SimulatedEngines(queues, MODEL, TOKENS_PER_S)
     load = Load(engines, seed=7, config=config)
     for _ in range(3 * ROWS):
-        await load.bring(queue, "urgent", (10, 1000), queue_class=QueueClass.PRIORITY)
-    await load.bring(queue, "patient", (10, 1000), queue_class=QueueClass.BATCH)
+        await load.bring(queue, "urgent", (10, 1000), service_tier=ServiceTier.PRIORITY)
+    await load.bring(queue, "patient", (10, 1000), service_tier=ServiceTier.BATCH)
     for _ in range(4):
-        await load.bring(queue, "urgent", (10, 1000), queue_class=QueueClass.PRIORITY)
+        await load.bring(queue, "urgent", (10, 1000), service_tier=ServiceTier.PRIORITY)
         await engines.step()
     assert "patient" in engines.granted_tenants
     assert queue.num_waiting > 2 * ROWS  # of those that are of the highest class

@@ -5,11 +5,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from rempart_platform.endpoints.load import EndpointLoad, EndpointModel, EndpointState
 from rempart_platform.errors import ErrorKind, QuotaViolation, RempartError
-from rempart_platform.generation import Caller, Delta, Finished, FinishReason, GenerationRequest
+from rempart_platform.generation import Caller, Delta, Finished, FinishReason, GenerationRequest, ServiceTier
 from rempart_platform.metrics import BoundedLabel, EndpointCollector, QueueMetrics, QuotaMetrics, RouterMetrics
 from rempart_platform.request_trace import RequestTrace
 from rempart_platform.tenancy.fair_queue import QueueObserver
-from rempart_platform.tenancy.queue_values import ClassSnapshot, QueueClass, QueueSnapshot
+from rempart_platform.tenancy.queue_values import ClassSnapshot, QueueSnapshot
 from rempart_platform.tenancy.quota import LedgerObserver
 from rempart_protos.v1 import sampling_pb2
 
@@ -150,7 +150,7 @@ def test_the_fair_queue_is_measured_for_each_tenant_and_as_a_whole() -> None:
     observer.swept("m", 7)
     assert value("queue_events_total", event="refused_tenant_full") == 1
     assert value("queue_events_total", event="swept") == 7
-    classes = {queue_class: ClassSnapshot(int(queue_class), 1, 2.5) for queue_class in QueueClass}
+    classes = {service_tier: ClassSnapshot(int(service_tier), 1, 2.5) for service_tier in ServiceTier}
     observer.looked("m", QueueSnapshot(10, 3, 300, 8, 800, 0.75, 0, False, 0, 0.0, classes))
     assert value("queue_depth", **{"class": "batch"}) == 4
     assert value("queue_virtual_time_lag", **{"class": "priority"}) == 2.5

@@ -429,7 +429,7 @@ class FairQueue:
     def _args(self, request: QueueRequest, weight: float) -> tuple[str | int | float, ...]:
         usage = Usage(request.num_prompt_tokens, request.num_output_tokens)
         charge = self._config.charge(usage)
-        flow = (int(request.queue_class), request.tenant, weight, charge)
+        flow = (int(request.service_tier), request.tenant, weight, charge)
         return (request.request_id, self._router, *flow, request.num_rows, request.num_tokens)
 
     def _seen(self, model: str) -> tuple[int, int, int]:

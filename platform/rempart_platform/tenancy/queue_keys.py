@@ -35,7 +35,7 @@ class ModelKeys:
     @property
     def queue(self) -> tuple[str, ...]:
         """KEYS of every script of the fair queue, in the order in which `scripts/queue_common.lua` names them."""
-        flows = (f"{kind}:{queue_class}" for kind in ("ready", "idle") for queue_class in range(1, 5))
+        flows = (f"{kind}:{service_tier}" for kind in ("ready", "idle") for service_tier in range(1, 5))
         return tuple(self._key(part) for part in (*_PARTS, *flows))
 
     def inbox(self, router: str) -> str:

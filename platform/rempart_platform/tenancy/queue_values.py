@@ -1,25 +1,15 @@
 """The values of the fair queue: what asks, what was granted, what the scripts answer, what a caller is told."""
 
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Literal
 
 from rempart_platform.endpoints.capacity import CapacityRules
 from rempart_platform.errors import ErrorKind, QuotaViolation, RempartError
-from rempart_platform.generation import Usage
+from rempart_platform.generation import ServiceTier, Usage
 from rempart_platform.tenancy.redis_client import ScriptReply
 
 MAX_RETRY_AFTER_S = 120.0
 """Clients give up rather than wait longer."""
-
-
-class QueueClass(IntEnum):
-    """Classes in the order in which they are served; the names are those of OpenAI's `service_tier`."""
-
-    PRIORITY = 1
-    DEFAULT = 2
-    FLEX = 3
-    BATCH = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +63,7 @@ class QueueRequest:
     """The most, of all choices together."""
     num_rows: int = 1
     timeout_s: float = 600.0
-    queue_class: QueueClass = QueueClass.DEFAULT
+    service_tier: ServiceTier = ServiceTier.DEFAULT
 
     @property
     def num_tokens(self) -> int:
@@ -153,15 +143,15 @@ class QueueSnapshot:
     """Of the request that was asked for."""
     num_ahead: int
     estimate_s: float
-    classes: dict[QueueClass, ClassSnapshot]
+    classes: dict[ServiceTier, ClassSnapshot]
 
     @classmethod
     def parse(cls, reply: ScriptReply) -> "QueueSnapshot":
         numbers = [float(part or 0) for part in reply]
         waiting, rows, tokens, max_rows, max_tokens, jain, of_tenant, is_waiting, num_ahead, estimate_us = numbers[:10]
         classes = {
-            queue_class: ClassSnapshot(int(numbers[start]), int(numbers[start + 1]), numbers[start + 2])
-            for queue_class, start in zip(QueueClass, range(10, len(numbers), 3), strict=True)
+            service_tier: ClassSnapshot(int(numbers[start]), int(numbers[start + 1]), numbers[start + 2])
+            for service_tier, start in zip(ServiceTier, range(10, len(numbers), 3), strict=True)
         }
         return cls(
             num_waiting=int(waiting),

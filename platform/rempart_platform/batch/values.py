@@ -1,0 +1,163 @@
+"""What the front ends and the workers of batch jobs agree on."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from rempart_platform.generation import Caller
+
+
+class BatchStatus(Enum):
+    """OpenAI's words."""
+
+    VALIDATING = "validating"
+    FAILED = "failed"
+    IN_PROGRESS = "in_progress"
+    FINALIZING = "finalizing"
+    COMPLETED = "completed"
+    EXPIRED = "expired"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        return self in (BatchStatus.FAILED, BatchStatus.COMPLETED, BatchStatus.EXPIRED, BatchStatus.CANCELLED)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of a tenant. Times are seconds since the epoch."""
+
+    file_id: str
+    """file-<32 hex digits>."""
+    tenant: str
+    filename: str
+    purpose: str
+    """"batch" of an input, "batch_output" of a result."""
+    num_bytes: int
+    created_s: int
+    expires_s: int = 0
+    """0 for never."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputError:
+    """Why a batch's input was refused."""
+
+    code: str
+    message: str
+    param: str | None = None
+    line: int | None = None
+    """From 1; None when it is no line's fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class LineCounts:
+    """Lines of a batch."""
+
+    total: int = 0
+    completed: int = 0
+    """Answered with success."""
+    failed: int = 0
+    """Answered with an error, those that expired or were cancelled among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A batch job of a tenant. Times are seconds since the epoch; None means that it did not come to that."""
+
+    batch_id: str
+    """batch_<32 hex digits>."""
+    caller: Caller
+    endpoint: str
+    """"/v1/chat/completions" or "/v1/completions"."""
+    input_file_id: str
+    completion_window_s: int
+    status: BatchStatus
+    created_s: int
+    expires_s: int
+    model: str = ""
+    """The one that all lines name; "" until validated."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    errors: tuple[InputError, ...] = ()
+    counts: LineCounts = LineCounts()
+    output_file_id: str = ""
+    """"" while there is none."""
+    error_file_id: str = ""
+    in_progress_s: int | None = None
+    finalizing_s: int | None = None
+    completed_s: int | None = None
+    failed_s: int | None = None
+    expired_s: int | None = None
+    cancelling_s: int | None = None
+    cancelled_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """What tenants may ask of batch jobs."""
+
+    max_file_bytes: int = 200 * 1024 * 1024
+    max_lines: int = 50_000
+    max_line_bytes: int = 1024 * 1024
+    max_files_per_tenant: int = 1000
+    max_open_batches_per_tenant: int = 50
+    file_lifetime_s: int = 30 * 24 * 3600
+    """For how long files are kept that name no expiry of their own; 0 for ever."""
+    max_completion_window_s: int = 7 * 24 * 3600
+
+
+class Files(Protocol):
+    """Files of tenants. No tenant sees another's: those are NOT_FOUND.
+
+    Raises:
+        RempartError: NOT_FOUND, INVALID_REQUEST, REQUEST_TOO_LARGE naming the limit; UNAVAILABLE when Redis or the
+            object storage does not answer.
+    """
+
+    async def create(
+        self, tenant: str, filename: str, purpose: str, content: AsyncIterator[bytes], *, lifetime_s: int | None = None
+    ) -> StoredFile:
+        """Takes the content as it comes, in little memory. Nothing is kept when it fails or is cancelled."""
+        ...
+
+    async def get(self, tenant: str, file_id: str) -> StoredFile: ...
+
+    async def list(self, tenant: str, *, purpose: str = "") -> Sequence[StoredFile]:
+        """Newest first."""
+        ...
+
+    async def delete(self, tenant: str, file_id: str) -> None:
+        """INVALID_REQUEST while a batch that is not final reads it."""
+        ...
+
+    def read(self, file: StoredFile) -> AsyncIterator[bytes]:
+        """Its content, in pieces."""
+        ...
+
+
+class Batches(Protocol):
+    """Batch jobs of tenants. Errors as of `Files`."""
+
+    async def create(
+        self,
+        caller: Caller,
+        *,
+        input_file_id: str,
+        endpoint: str,
+        completion_window_s: int,
+        metadata: Mapping[str, str],
+    ) -> Batch:
+        """Returns at once with status VALIDATING; what is wrong with the lines is said by the batch later."""
+        ...
+
+    async def get(self, tenant: str, batch_id: str) -> Batch: ...
+
+    async def list(self, tenant: str) -> Sequence[Batch]:
+        """Newest first."""
+        ...
+
+    async def cancel(self, tenant: str, batch_id: str) -> Batch:
+        """CANCELLING; a batch that is final already is INVALID_REQUEST."""
+        ...
