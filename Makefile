@@ -25,7 +25,9 @@ test: test-cpu test-triton compile-kernels ## all tests that need no GPU and no 
 test-cpu: $(INSTALLED) $(TOOLS) ## of these, all but the kernels for GPUs
 	@GOMP_SPINCOUNT=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder \
 	  -m "not slow and not gpu" tests/engine
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu" tests/platform tests/e2e
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope -m "not slow and not gpu" \
+	  tests/platform tests/chart tests/observe
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" tests/e2e
 
 test-triton: $(INSTALLED) ## the kernels and the engine for GPUs, in Triton's interpreter
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadscope -m "not slow and not gpu" \

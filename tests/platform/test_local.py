@@ -8,9 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -40,12 +41,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def up(model_folder: Path, tmp_path: Path) -> Up:
+def own_tmp() -> Iterator[Path]:
+    """An empty folder with a short path: that of a Unix socket in it has 107 bytes at most."""
+    with tempfile.TemporaryDirectory(prefix="up") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def up(model_folder: Path, tmp_path: Path, own_tmp: Path) -> Up:
     """Starts `rempart up` with a temp folder of its own."""
-    (tmp_path / "tmp").mkdir()
 
     def start(*args: str, engine_module: str = FAKE_ENGINE) -> PlatformUnderTest:
-        environ = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(tmp_path)}
+        environ = {**os.environ, "TMPDIR": str(own_tmp), "PYTHONPATH": str(tmp_path)}
         return PlatformUnderTest(
             *("--model", str(model_folder), "--served-model-name", "smol", "--engine-module", engine_module, *args),
             environ=environ,
@@ -55,14 +62,14 @@ def up(model_folder: Path, tmp_path: Path) -> Up:
     return start
 
 
-def assert_nothing_is_left(processes: list[psutil.Process], tmp_path: Path) -> None:
+def assert_nothing_is_left(processes: list[psutil.Process], own_tmp: Path) -> None:
     _, alive = psutil.wait_procs(processes, timeout=10)
     assert alive == []
-    assert list((tmp_path / "tmp").iterdir()) == []
+    assert list(own_tmp.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_it_serves_and_a_signal_ends_it_in_order(up: Up, tmp_path: Path, number: signal.Signals) -> None:
+def test_it_serves_and_a_signal_ends_it_in_order(up: Up, own_tmp: Path, number: signal.Signals) -> None:
     with up("--engines", "2") as platform:
         said = platform.wait_until_ready()
         assert said.keys() == {"http", "grpc", "metrics", "engines", "api_key", "admin_key"}
@@ -75,11 +82,11 @@ def test_it_serves_and_a_signal_ends_it_in_order(up: Up, tmp_path: Path, number:
         assert platform.stop(number) == 0
         assert platform.process.stdout is not None
         assert platform.process.stdout.read() == "", "one line is all there is on stdout"
-    assert_nothing_is_left(processes, tmp_path)
+    assert_nothing_is_left(processes, own_tmp)
     assert "Draining" in platform.log_path.read_text()
 
 
-def test_a_signal_while_it_starts_ends_it_too(up: Up, tmp_path: Path) -> None:
+def test_a_signal_while_it_starts_ends_it_too(up: Up, tmp_path: Path, own_tmp: Path) -> None:
     started = tmp_path / "started"
     (tmp_path / "slow_engine.py").write_text(
         f"import pathlib, signal; pathlib.Path({str(started)!r}).touch(); signal.pause()"
@@ -88,7 +95,7 @@ def test_a_signal_while_it_starts_ends_it_too(up: Up, tmp_path: Path) -> None:
         wait_for(started.exists)
         processes = platform.processes()
         assert platform.stop() == 0
-    assert_nothing_is_left(processes, tmp_path)
+    assert_nothing_is_left(processes, own_tmp)
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
@@ -106,7 +113,7 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     [((FAKE_ENGINE, "--served-model-name"), "engine 1"), (("-m rempart_platform ",), "router")],
 )
 def test_a_child_that_dies_ends_everything_and_is_named(
-    up: Up, tmp_path: Path, words: tuple[str, ...], name: str
+    up: Up, own_tmp: Path, words: tuple[str, ...], name: str
 ) -> None:
     with up() as platform:
         platform.wait_until_ready()
@@ -114,17 +121,17 @@ def test_a_child_that_dies_ends_everything_and_is_named(
         (victim,) = [each for each in processes[1:] if all(word in " ".join(each.cmdline()) for word in words)]
         victim.kill()
         assert platform.process.wait(30) == 1
-    assert_nothing_is_left(processes, tmp_path)
+    assert_nothing_is_left(processes, own_tmp)
     assert f"{name} was killed by signal 9" in platform.log_path.read_text()
 
 
-def test_a_redis_that_dies_ends_everything_and_is_named(up: Up, tmp_path: Path) -> None:
+def test_a_redis_that_dies_ends_everything_and_is_named(up: Up, own_tmp: Path) -> None:
     with up() as platform:
         platform.wait_until_ready()
         processes = platform.processes()
         platform.process_of("unixsocket:").kill()
         assert platform.process.wait(30) == 1
-    assert_nothing_is_left(processes, tmp_path)
+    assert_nothing_is_left(processes, own_tmp)
     assert "the Redis server ended with -9" in platform.log_path.read_text()
 
 
@@ -143,13 +150,15 @@ def write_manifest(model: Path, manifest: Path) -> Path:
     return manifest
 
 
-def test_a_model_that_is_as_its_manifest_says_is_served(up: Up, model_folder: Path, tmp_path: Path) -> None:
+def test_a_model_that_is_as_its_manifest_says_is_served(
+    up: Up, model_folder: Path, tmp_path: Path, own_tmp: Path
+) -> None:
     manifest = write_manifest(model_folder, tmp_path / "manifest.json")
     with up("--require-manifest", str(manifest)) as platform:
         platform.wait_until_ready()
         processes = platform.processes()
         assert platform.stop() == 0
-    assert_nothing_is_left(processes, tmp_path)
+    assert_nothing_is_left(processes, own_tmp)
     assert "verify | 2 files are as in the manifest" in platform.log_path.read_text()
 
 
@@ -171,13 +180,15 @@ def test_a_tokenizer_that_was_changed_is_named_before_anything_is_started(up: Up
     assert not started.exists()
 
 
-def test_a_signal_while_the_model_is_verified_ends_it(up: Up, model_folder: Path, tmp_path: Path) -> None:
+def test_a_signal_while_the_model_is_verified_ends_it(
+    up: Up, model_folder: Path, tmp_path: Path, own_tmp: Path
+) -> None:
     os.mkfifo(tmp_path / "manifest.json")  # opening it waits for a writer, and none comes
     with up("--require-manifest", str(tmp_path / "manifest.json")) as platform:
         wait_for(lambda: any("rempart_engine.manifest" in each.cmdline() for each in platform.processes()))
         processes = platform.processes()
         assert platform.stop() == 0
-    assert_nothing_is_left(processes, tmp_path)
+    assert_nothing_is_left(processes, own_tmp)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the death signal of a parent is a Linux feature")
@@ -191,7 +202,7 @@ def test_all_processes_die_with_it_even_when_it_is_killed(up: Up) -> None:
     assert alive == []
 
 
-def test_a_second_signal_ends_an_answer_that_is_running(up: Up, tmp_path: Path) -> None:
+def test_a_second_signal_ends_an_answer_that_is_running(up: Up, own_tmp: Path) -> None:
     with up() as platform:
         platform.wait_until_ready()
         processes = platform.processes()
@@ -203,7 +214,7 @@ def test_a_second_signal_ends_an_answer_that_is_running(up: Up, tmp_path: Path) 
             platform.process.send_signal(signal.SIGINT)
             wait_for(lambda: "Draining" in platform.log_path.read_text())
             assert platform.stop(timeout_s=10) == 130
-    assert_nothing_is_left(processes, tmp_path)
+    assert_nothing_is_left(processes, own_tmp)
 
 
 def test_the_welcome_on_a_narrow_terminal_can_be_pasted(model_folder: Path) -> None:
