@@ -1,11 +1,11 @@
 """Read a request's body within limits of size, time and rate."""
 
-import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 
 from starlette.types import Receive
 
 from rempart_platform.apis.http_limits import HttpLimits
+from rempart_platform.apis.pace import Pace, PacedClient
 from rempart_platform.errors import ErrorKind, RempartError
 
 
@@ -18,30 +18,37 @@ async def read_json_body(headers: Mapping[str, str], receive: Receive, limits: H
     content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise RempartError(ErrorKind.INVALID_REQUEST, "The header 'content-type' must be 'application/json'.")
-    # The header is the parser's word: it has refused any that is no number.
-    if int(headers.get("content-length", "0")) > limits.max_body_bytes:
+    if announced_length(headers) > limits.max_body_bytes:
         raise _too_large(limits)
-    return await _read(receive, limits)
-
-
-async def _read(receive: Receive, limits: HttpLimits) -> bytes:
-    clock = asyncio.get_running_loop().time
-    started = clock()
     body = bytearray()
-    while True:
-        lag_ends = started + limits.body_grace_s + len(body) / limits.min_body_bytes_per_s
-        try:
-            async with asyncio.timeout_at(min(started + limits.body_timeout_s, lag_ends)):
-                message = await receive()
-        except TimeoutError:
-            raise RempartError(ErrorKind.REQUEST_TIMEOUT, "The request's body took too long.") from None
-        if message["type"] == "http.disconnect":
-            raise RempartError(ErrorKind.CLIENT_CLOSED, "The client closed the connection.")
-        body += message.get("body", b"")
+    async for piece in body_pieces(receive, limits.body_pace):
+        body += piece
         if len(body) > limits.max_body_bytes:
             raise _too_large(limits)
-        if not message.get("more_body", False):
-            return bytes(body)
+    return bytes(body)
+
+
+async def body_pieces(receive: Receive, pace: Pace) -> AsyncIterator[bytes]:
+    """A body as it comes, however large.
+
+    Raises:
+        RempartError: REQUEST_TIMEOUT or CLIENT_CLOSED.
+    """
+    client = PacedClient(pace)
+    has_more = True
+    while has_more:
+        message = await client.wait_for(receive())
+        if message["type"] == "http.disconnect":
+            raise RempartError(ErrorKind.CLIENT_CLOSED, "The client closed the connection.")
+        piece = message.get("body", b"")
+        client.count(len(piece))
+        yield piece
+        has_more = message.get("more_body", False)
+
+
+def announced_length(headers: Mapping[str, str]) -> int:
+    """Bytes of the body as its sender says, 0 when it does not. It is a number: the parser has refused all others."""
+    return int(headers.get("content-length", "0"))
 
 
 def _too_large(limits: HttpLimits) -> RempartError:

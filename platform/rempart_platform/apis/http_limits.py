@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from rempart_platform.apis.openai_errors import error_body
+from rempart_platform.apis.pace import Pace
 from rempart_platform.errors import ErrorKind, RempartError
 
 
@@ -36,6 +37,14 @@ class HttpLimits:
     min_body_bytes_per_s: int = 1024
     body_grace_s: float = 5.0
     """How far a body may lag behind the least rate."""
+    upload_timeout_s: float = 3600.0
+    """For a file's body, in place of `body_timeout_s`; the least rate is the same. Uploads over gRPC too."""
+    max_form_parts: int = 16
+    """Of an upload's form: its file and its fields."""
+    max_part_head_bytes: int = 4096
+    """Headers of one part."""
+    max_field_bytes: int = 1024
+    """Of one field that is no file."""
     discard_timeout_s: float = 2.0
     """How long an early answer waits for the rest of the body, which a client may be too busy sending to read it."""
     max_json_nodes: int = 200_000
@@ -46,6 +55,14 @@ class HttpLimits:
     """Of the socket. What a slow reader does not take piles up here and in as much again of ours, no further."""
     keepalive_s: float = 15.0
     """A stream with nothing to say sends a comment this often."""
+
+    @property
+    def body_pace(self) -> Pace:
+        return Pace(self.body_timeout_s, self.min_body_bytes_per_s, self.body_grace_s)
+
+    @property
+    def upload_pace(self) -> Pace:
+        return Pace(self.upload_timeout_s, self.min_body_bytes_per_s, self.body_grace_s)
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):

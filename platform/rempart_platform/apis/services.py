@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from rempart_platform.apis.http_limits import HttpLimits
+from rempart_platform.batch.values import Batches, BatchLimits, Files
 from rempart_platform.generation import Caller, GenerationEvent, GenerationRequest
 from rempart_platform.models import ModelCatalog
 from rempart_platform.request_limits import RequestLimits
@@ -52,6 +53,10 @@ class ApiServices:
     http: HttpLimits = field(default_factory=HttpLimits)
     clock: Callable[[], float] = time.time
     is_ready: Callable[[], bool] = lambda: True
+    files: Files | None = None
+    """None, as `batches` then is, when the operator has configured no storage for batch jobs."""
+    batches: Batches | None = None
+    batch_limits: BatchLimits = BatchLimits()
 
 
 def bearer_token(authorization: str | None) -> str:
