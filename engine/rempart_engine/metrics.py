@@ -1,8 +1,9 @@
 """Prometheus metrics of an engine: its own names, and those that the Gateway API Inference Extension reads."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -18,10 +19,11 @@ _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.
 class EngineMetrics:
     """Counts what the front sees; what the core counts arrives with each step and is read at scrape time."""
 
-    def __init__(self, engine_version: str) -> None:
+    def __init__(self, engine_version: str, limits: Mapping[str, int] = MappingProxyType({})) -> None:
         self.registry = CollectorRegistry()
-        self._core = _CoreCollector(engine_version)
+        self._core = _CoreCollector(engine_version, limits)
         self.registry.register(self._core)
+        ProcessCollector(namespace="rempart_engine_front", registry=self.registry)
         self._ended = Counter(
             "rempart_engine_requests", "Choices that ended, by reason", ["finish_reason"], registry=self.registry
         )
@@ -43,7 +45,16 @@ class EngineMetrics:
         server, _ = start_http_server(port, host, self.registry)
         return int(server.server_port)
 
+    def set_loaded(self, fraction: float) -> None:
+        """How much of the model is loaded, 0 to 1."""
+        self._core.loaded = fraction
+
+    def set_manifest(self, digest: str) -> None:
+        """The model is as a manifest of this digest says. Without this call it was compared with nothing."""
+        self._core.manifest = digest
+
     def set_model(self, model: Ready) -> None:
+        self._core.loaded = 1.0
         self._core.model = model
 
     def observe_step(self, update: StepUpdate) -> None:
@@ -66,15 +77,23 @@ class EngineMetrics:
 
 
 class _CoreCollector(Collector):
-    """Makes metrics of the last load that the core sent. Read by the scraping thread; both fields are whole values."""
+    """Makes metrics of the last load that the core sent. Read by the scraping thread; all fields are whole values."""
 
-    def __init__(self, engine_version: str) -> None:
+    def __init__(self, engine_version: str, limits: Mapping[str, int]) -> None:
         self.model: Ready | None = None
         self.load: Load | None = None
+        self.loaded = 0.0
+        self.manifest = ""
         self._engine_version = engine_version
+        self._limits = limits
 
     def collect(self) -> Iterator[Metric]:
         model, load = self.model, self.load
+        yield GaugeMetricFamily("rempart_engine_loaded_ratio", "Share of the model that is loaded", value=self.loaded)
+        limit = GaugeMetricFamily("rempart_engine_limit", "Limits of this engine, by flag", labels=["limit"])
+        for name, value in self._limits.items():
+            limit.add_metric([name], value)
+        yield limit
         if model is not None:
             yield _info("rempart_engine", "What is served", self._model_facts(model))
         if load is not None:
@@ -89,6 +108,7 @@ class _CoreCollector(Collector):
             "architecture": model.architecture,
             "dtype": model.dtype,
             "engine_version": self._engine_version,
+            "manifest": self.manifest,
         }
 
 

@@ -1,12 +1,14 @@
 """Life of an engine process: start the core, load, serve, drain or fail, leave nothing behind."""
 
 import asyncio
+import hashlib
 import logging
 import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
 from enum import IntEnum
+from pathlib import Path
 
 from rempart_engine.config import EngineConfig
 from rempart_engine.core_client import CoreClient
@@ -45,7 +47,7 @@ class EngineProcess:
         self._core = core
         self._announce = announce
         self._health = EngineHealth()
-        self._metrics = EngineMetrics(ENGINE_VERSION)
+        self._metrics = EngineMetrics(ENGINE_VERSION, _limits(config))
         self._front = EngineFront(config, core.channel.send, self._metrics)
         self._server = build_server(config, self._front, self._health)
         self._watch = SilenceWatch(config.step_timeout_s)
@@ -100,8 +102,11 @@ class EngineProcess:
                 case StepUpdate():
                     self._front.on_step(message)
                 case Loading(fraction=fraction):
+                    self._metrics.set_loaded(fraction)
                     self._announce({"loading": round(fraction, 4)})
                 case Ready():
+                    if self._config.require_manifest is not None:
+                        self._metrics.set_manifest(_digest(self._config.require_manifest))
                     self._front.on_ready(message)
                     await self._health.ready()
                     self._ready.set()
@@ -159,6 +164,17 @@ class EngineProcess:
         else:
             self._core.kill()
             await self._core.wait(_CORE_STOP_S)
+
+
+def _digest(manifest: Path) -> str:
+    """Tells manifests apart. The core has read this one and found the model to be as it says."""
+    return hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
+
+
+def _limits(config: EngineConfig) -> dict[str, int]:
+    """The limits that an engine is measured against, by the names of their flags."""
+    names = ("max_num_rows", "max_num_waiting", "max_step_tokens", "max_concurrent_rpcs")
+    return {name: getattr(config, name) for name in names}
 
 
 def _require_free(host: str, port: int) -> None:

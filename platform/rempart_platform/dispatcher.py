@@ -158,7 +158,7 @@ class Dispatcher:
             raise
         finally:
             await events.aclose()
-            self._metrics.request_left(trace)
+            self._metrics.request_left(trace, reservation.price.cost(trace.usage))
             self._report(trace)
             await settlement.settle()
 

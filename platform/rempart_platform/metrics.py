@@ -21,6 +21,8 @@ _TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 3.0, 5.0, 7
 _TPOT_S = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 _WAIT_S = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 _E2E_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0)
+_QUOTA_EVENTS = ("reserved", "settled", "refunded", "ending_deferred", "ending_lost", "lease_expired")
+"""These are told from the start, since an increase is seen only of what was there before; refusals as they come."""
 _TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 
@@ -73,6 +75,9 @@ class RouterMetrics:
         )
         self._quota_tokens = counter("quota_tokens", "Tokens of quotas, by what became of them.", "tenant", "state")
         self._quota_events = counter("quota_events", "What befell reservations.", "event")
+        for event in _QUOTA_EVENTS:
+            self._quota_events.labels(event)
+        self._cost = counter("cost", "Cost of what was used, in the operator's currency.", "model", "tenant")
         self._in_flight = gauge("requests_in_flight", "Requests admitted and not ended.", "model")
         self._queue_waiting = gauge("queue_waiting_requests", "This router's requests that wait.", "model", "tenant")
         self._queue_wait = histogram("queue_wait_seconds", "Wait for room in the engines.", _WAIT_S, "tenant")
@@ -99,9 +104,10 @@ class RouterMetrics:
         self._in_flight.labels(request.model).inc()
         self._count_quota_tokens(trace, "reserved", request.worst_case_tokens)
 
-    def request_left(self, trace: RequestTrace) -> None:
-        """The counterpart of `request_admitted`."""
+    def request_left(self, trace: RequestTrace, cost_nanos: int = 0) -> None:
+        """The counterpart of `request_admitted`. The cost is in billionths of the operator's currency."""
         usage = trace.usage
+        self._cost.labels(trace.request.model, self._tenant(trace.request.caller.tenant)).inc(cost_nanos / 1e9)
         num_settled = usage.prompt_tokens + usage.completion_tokens
         self._in_flight.labels(trace.request.model).dec()
         self._count_quota_tokens(trace, "settled", num_settled)

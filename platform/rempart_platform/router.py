@@ -24,6 +24,7 @@ from rempart_platform.endpoints.pool import EnginePool
 from rempart_platform.metrics import EndpointCollector, QueueMetrics, QuotaMetrics, RouterMetrics
 from rempart_platform.model_sync import load_catalog, sync_model
 from rempart_platform.models import ModelCatalog
+from rempart_platform.process_metrics import RouterState, register_process_metrics
 from rempart_platform.readiness import Readiness
 from rempart_platform.servers import grpc_server, http_server, metrics_server
 from rempart_platform.tenancy.api_keys import AdminAuthenticator, ApiKeyStore, Authenticator, KeyHasher
@@ -64,6 +65,8 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
         ledger = await stack.enter_async_context(open_ledger(redis, config.quota, QuotaMetrics(metrics)))
         pool, readiness = _build_pool(config, catalog)
         registry.register(EndpointCollector(pool.states))
+        state = RouterState(readiness.is_ready, lambda: redis.is_available)
+        loop_lag = register_process_metrics(registry, config, state)
         queue = await stack.enter_async_context(_open_queue(redis, config.queue, metrics, pool))
         hasher = KeyHasher(secrets.key_pepper)
         keys = ApiKeyStore(redis, hasher)
@@ -83,7 +86,7 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
         admin = _build_admin(redis, keys, secrets)
         inference = InferenceServicer(services, config.grpc)
         metrics_url = await stack.enter_async_context(metrics_server(registry, config))
-        await stack.enter_async_context(_running(pool.run(), readiness.run(redis)))
+        await stack.enter_async_context(_running(pool.run(), readiness.run(redis), loop_lag.watch()))
         http, http_url = await stack.enter_async_context(http_server(build_app(services), config))
         grpc_address = await stack.enter_async_context(grpc_server(inference, admin, readiness, config))
         line = {"ready": True, "http": http_url, "grpc": grpc_address, "metrics": metrics_url}

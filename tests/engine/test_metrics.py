@@ -1,5 +1,6 @@
 import urllib.request
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rempart_engine.core.load import Counters, Load
@@ -43,6 +44,29 @@ def _scrape(metrics: EngineMetrics) -> dict[str, dict[tuple[tuple[str, str], ...
 
 def test_a_loading_engine_can_be_scraped() -> None:
     assert _scrape(EngineMetrics("1.0"))["rempart_engine_requests_total"][(("finish_reason", "stop"),)] == 0
+
+
+def test_a_loading_engine_tells_how_far_it_is_and_what_limits_it() -> None:
+    metrics = EngineMetrics("1.0", {"max_num_rows": 64})
+    metrics.set_loaded(0.25)
+    samples = _scrape(metrics)
+    assert samples["rempart_engine_loaded_ratio"][()] == 0.25
+    assert samples["rempart_engine_limit"] == {(("limit", "max_num_rows"),): 64}
+    assert samples["rempart_engine_front_process_start_time_seconds"][()] > 0
+    assert "rempart_engine_info" not in samples
+
+
+@pytest.mark.parametrize("digest", ["", "0123456789abcdef"])
+def test_a_loaded_engine_tells_what_its_files_were_compared_with(digest: str) -> None:
+    metrics = EngineMetrics("1.0")
+    if digest:
+        metrics.set_manifest(digest)
+    metrics.set_model(_MODEL)
+    samples = _scrape(metrics)
+    assert samples["rempart_engine_loaded_ratio"][()] == 1
+    ((labels, value),) = samples["rempart_engine_info"].items()
+    assert value == 1
+    assert dict(labels)["manifest"] == digest
 
 
 def test_what_the_core_told_last_is_what_a_scrape_shows() -> None:

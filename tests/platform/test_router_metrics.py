@@ -44,7 +44,7 @@ def test_a_whole_request_is_measured() -> None:
     request.delivered(Finished(0, FinishReason.STOP), 13.0)
     request.is_complete = True
     request.ended_s = 14.0
-    metrics.request_left(request)
+    metrics.request_left(request, cost_nanos=1_500_000)
     metrics.request_ended(request)
 
     def value(name: str, **labels: str) -> float | None:
@@ -61,6 +61,7 @@ def test_a_whole_request_is_measured() -> None:
     assert value("completion_tokens_total", tenant="acme") == 3
     assert value("cached_tokens_total", tenant="acme") == 2
     assert value("expected_cached_tokens_total") == 1
+    assert value("cost_total", tenant="acme") == 0.0015
     for state, count in (("reserved", 13), ("settled", 6), ("refunded", 7)):
         labels = {"tenant": "acme", "state": state}
         assert registry.get_sample_value("rempart_router_quota_tokens_total", labels) == count
