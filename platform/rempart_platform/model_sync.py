@@ -52,6 +52,8 @@ def sync_model(catalog: ModelCatalog, changed: EndpointState, states: Sequence[E
 
 def _with_limits(model: ServedModel, states: Sequence[EndpointState]) -> ServedModel:
     serving = [state.model for state in states if state.model is not None and state.model.name == model.name]
+    if not serving:  # the last one is gone: what it said stands until the next one says otherwise
+        return model
     return replace(
         model,
         max_model_len=min(served.max_model_len for served in serving),

@@ -21,6 +21,7 @@ from rempart_platform.dispatcher import DispatchConfig, Dispatcher
 from rempart_platform.endpoints.capacity import Capacity, capacity_of
 from rempart_platform.endpoints.load import EndpointState
 from rempart_platform.endpoints.pool import EnginePool
+from rempart_platform.endpoints.static import StaticSource
 from rempart_platform.metrics import EndpointCollector, QueueMetrics, QuotaMetrics, RouterMetrics
 from rempart_platform.model_sync import load_catalog, sync_model
 from rempart_platform.models import ModelCatalog
@@ -122,7 +123,7 @@ def _build_pool(config: RouterConfig, catalog: ModelCatalog) -> tuple[EnginePool
         sync_model(catalog, changed, pool.states())
         readiness.check()
 
-    pool = EnginePool(config.engines, config.session, random.Random(), take_change, picking=config.pick)
+    pool = EnginePool(StaticSource(config.engines), config.session, random.Random(), take_change, picking=config.pick)
     readiness = Readiness(lambda: any(pool.is_served(model.name) for model in catalog.all()))
     return pool, readiness
 

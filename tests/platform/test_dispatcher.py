@@ -11,6 +11,7 @@ from rempart_platform.dispatcher import DispatchConfig, Dispatcher, cache_salt
 from rempart_platform.endpoints.pick import PickConfig, PickRequest
 from rempart_platform.endpoints.pool import EnginePool
 from rempart_platform.endpoints.session import SessionConfig
+from rempart_platform.endpoints.static import StaticSource
 from rempart_platform.endpoints.testing import FakeEngine, Faults, fake_model_info, hash_token
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import (
@@ -79,8 +80,8 @@ async def rig(*engines: FakeEngine, max_open: int | None = None, session: Sessio
             if len(ready) == len(engines):
                 all_ready.set()
 
-        addresses = [engine.address for engine in engines]
-        pool = EnginePool(addresses, session, random.Random(1), on_change, picking=PATIENT)
+        source = StaticSource(engine.address for engine in engines)
+        pool = EnginePool(source, session, random.Random(1), on_change, picking=PATIENT)
         task = asyncio.create_task(pool.run())
         await asyncio.wait_for(all_ready.wait(), 10)
         ledger, registry = RecordingLedger(max_open), CollectorRegistry()

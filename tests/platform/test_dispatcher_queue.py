@@ -13,6 +13,7 @@ from rempart_platform.dispatcher import DispatchConfig, Dispatcher
 from rempart_platform.endpoints.capacity import Capacity, CapacityRules, capacity_of
 from rempart_platform.endpoints.pool import EnginePool
 from rempart_platform.endpoints.session import SessionConfig
+from rempart_platform.endpoints.static import StaticSource
 from rempart_platform.endpoints.testing import FakeEngine, Faults
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Caller, GenerationEvent, GenerationRequest, Usage
@@ -65,7 +66,7 @@ async def rig(engine: FakeEngine, rows: int = 1, **config: int) -> AsyncIterator
 
     async with engine, own_redis() as redis:
         session = SessionConfig(backoff_initial_s=0.01)
-        pool = EnginePool([engine.address], session, random.Random(1), lambda state: ready.set())
+        pool = EnginePool(StaticSource([engine.address]), session, random.Random(1), lambda state: ready.set())
         task = asyncio.create_task(pool.run())
         await asyncio.wait_for(ready.wait(), 10)
         queue_config = replace(QueueConfig(), **config)  # type: ignore[arg-type]  # the tests name its fields

@@ -12,6 +12,7 @@ from rempart_platform.endpoints.load import EndpointState
 from rempart_platform.endpoints.pick import PickConfig, PickRequest
 from rempart_platform.endpoints.pool import EnginePool
 from rempart_platform.endpoints.session import SessionConfig
+from rempart_platform.endpoints.static import StaticSource
 from rempart_platform.endpoints.testing import FakeEngine, Faults
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_protos.v1 import engine_pb2, sampling_pb2
@@ -27,10 +28,10 @@ class Rig:
         self.engines = engines
         self.now_s = 100.0
         self._changed = asyncio.Event()
-        addresses = [engine.address for engine in engines]
+        source = StaticSource(engine.address for engine in engines)
         session = SessionConfig(backoff_initial_s=0.01, backoff_max_s=0.05)
         self.pool = EnginePool(
-            addresses, session, random.Random(1), self._change, picking=picking, clock=lambda: self.now_s
+            source, session, random.Random(1), self._change, picking=picking, clock=lambda: self.now_s
         )
         self._num_requests = 0
 
@@ -64,7 +65,9 @@ class Rig:
             raise error
 
     def left_out(self) -> list[bool]:
-        return [state.is_left_out for state in self.pool.states()]
+        """Of each engine, in their order."""
+        states = {state.address: state.is_left_out for state in self.pool.states()}
+        return [states[engine.address] for engine in self.engines]
 
     def _change(self, state: EndpointState) -> None:
         self._changed.set()
@@ -77,7 +80,7 @@ async def rig(num_engines: int, picking: PickConfig = DEFAULT) -> AsyncIterator[
         built = Rig(engines, picking)
         running = asyncio.create_task(built.pool.run())
         try:
-            await built.wait_for(lambda states: all(state.is_ready for state in states))
+            await built.wait_for(lambda states: [state.is_ready for state in states] == [True] * num_engines)
             yield built
         finally:
             running.cancel()

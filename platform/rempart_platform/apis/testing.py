@@ -20,6 +20,7 @@ from rempart_platform.chat.testing import TagChat
 from rempart_platform.dispatcher import DispatchConfig, Dispatcher
 from rempart_platform.endpoints.pool import EnginePool
 from rempart_platform.endpoints.session import SessionConfig
+from rempart_platform.endpoints.static import StaticSource
 from rempart_platform.endpoints.testing import FakeEngine, Faults, fake_model_info
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import (
@@ -207,7 +208,7 @@ async def engine_rig(
     )
     async with FakeEngine(info, token=token, faults=faults or Faults()) as engine:
         ready = asyncio.Event()
-        pool = EnginePool([engine.address], SessionConfig(), random.Random(1), lambda _: ready.set())
+        pool = EnginePool(StaticSource([engine.address]), SessionConfig(), random.Random(1), lambda _: ready.set())
         running = asyncio.create_task(pool.run())
         try:
             await ready.wait()

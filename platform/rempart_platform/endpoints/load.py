@@ -66,7 +66,10 @@ class EndpointState:
     """Too many attempts in a row failed here; after a while one may probe."""
     full_rows: int = 0
     """The most sequences that were seen to run here while others waited; 0 while that was not seen."""
+    is_leaving: bool = False
+    """Its source says that it is terminating or gone."""
 
     @property
     def is_draining(self) -> bool:
-        return self.load.is_draining
+        """Whether it gets nothing new and only ends what it runs."""
+        return self.is_leaving or self.load.is_draining

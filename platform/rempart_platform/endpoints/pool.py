@@ -1,17 +1,20 @@
 """All endpoints of a router: one session each, what it remembers of them, and the choice among them."""
 
 import asyncio
+import functools
 import random
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Never
 
 from rempart_platform.breaker import Breaker
 from rempart_platform.endpoints.load import EndpointState
 from rempart_platform.endpoints.pick import PickConfig, PickRequest, can_take, pick, serves
 from rempart_platform.endpoints.prefix_index import BLOCK_TOKENS, PrefixIndex, prefix_hashes
 from rempart_platform.endpoints.session import EngineSession, SessionConfig
+from rempart_platform.endpoints.source import EndpointSet, EndpointSource
 from rempart_platform.endpoints.token_stream import TokenStream
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_protos.v1 import engine_pb2
@@ -60,11 +63,28 @@ class Attempt:
             self._breaker.record_failure()
 
 
+@dataclass(slots=True)
+class _Member:
+    """An endpoint of the pool."""
+
+    session: EngineSession
+    breaker: Breaker
+    running: asyncio.Task[Never]
+    is_leaving: bool = False
+    """It gets no new requests: it is terminating, or gone."""
+    is_gone: bool = False
+    """Its session closes with its last request."""
+
+    @property
+    def state(self) -> EndpointState:
+        return replace(self.session.state, is_left_out=self.breaker.refuses, is_leaving=self.is_leaving)
+
+
 class EnginePool:
-    """The sessions of a static list of addresses.
+    """The sessions of the endpoints that a source tells.
 
     Args:
-        addresses: one endpoint each.
+        source: where engines are.
         config: for every session.
         rng: spreads requests over equal endpoints and jitters reconnects.
         on_change: told when an endpoint becomes ready, starts to drain, or is lost.
@@ -75,7 +95,7 @@ class EnginePool:
 
     def __init__(
         self,
-        addresses: Sequence[str],
+        source: EndpointSource,
         config: SessionConfig,
         rng: random.Random,
         on_change: Callable[[EndpointState], None] = lambda state: None,
@@ -84,28 +104,30 @@ class EnginePool:
         retry_after_s: float = 2.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._source = source
+        self._config = config
         self._rng = rng
         self._on_change = on_change
         self._picking = picking
         self._retry_after_s = retry_after_s
-        self._sessions = {address: EngineSession(address, config, rng, self._take_change) for address in addresses}
-        self._breakers = {
-            address: Breaker(picking.failures_to_leave_out, picking.left_out_s, clock) for address in addresses
-        }
+        self._clock = clock
+        self._members: dict[str, _Member] = {}
+        self._connecting = asyncio.Semaphore(config.max_connecting)
         self._prefixes = PrefixIndex(picking.max_prefixes)
 
+    @property
+    def has_synced(self) -> bool:
+        """Whether the source knew the endpoints once, even that there are none."""
+        return self._source.has_synced
+
     async def run(self) -> None:
-        """Keeps all sessions up until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            for session in self._sessions.values():
-                tasks.create_task(session.run(), name=f"engine session {session.address}")
+        """Follows the source and keeps all sessions up until cancelled."""
+        async with asyncio.TaskGroup() as sessions:
+            await self._source.run(functools.partial(self._take_set, sessions))
 
     def states(self) -> tuple[EndpointState, ...]:
-        """All endpoints at this moment."""
-        return tuple(
-            replace(session.state, is_left_out=self._breakers[address].refuses)
-            for address, session in self._sessions.items()
-        )
+        """All endpoints at this moment. May be called from any thread."""
+        return tuple(member.state for member in tuple(self._members.values()))
 
     def is_served(self, model: str) -> bool:
         """Whether some endpoint is ready for the model, be it left out for a while."""
@@ -123,7 +145,7 @@ class EnginePool:
             RempartError: UNAVAILABLE with the advised wait, when no endpoint can take it.
         """
         hashes = self._hashes(request)
-        cached = {address: self._cached_tokens(address, request, hashes) for address in self._sessions}
+        cached = {address: self._cached_tokens(address, request, hashes) for address in self._members}
         state = pick(self.states(), request.model, self._rng, avoid=avoid, cached_tokens=cached)
         if state is None:
             raise no_endpoint(request.model, self._retry_after_s)
@@ -131,14 +153,17 @@ class EnginePool:
         address = state.address
         room = state.load.num_blocks * state.model.block_size // BLOCK_TOKENS
         self._prefixes.remember(address, hashes, room)
-        self._breakers[address].wait_s()  # where it is open this request is the probe, and no other passes
-        attempt = Attempt(self._sessions[address], cached[address], self._breakers[address])
-        with self._sessions[address].in_flight(self._work_tokens(request, cached[address])):
-            try:
+        member = self._members[address]
+        member.breaker.wait_s()  # where it is open this request is the probe, and no other passes
+        attempt = Attempt(member.session, cached[address], member.breaker)
+        try:
+            with member.session.in_flight(self._work_tokens(request, cached[address])):
                 yield attempt
-            except RempartError as error:
-                attempt.failed(error)
-                raise
+        except RempartError as error:
+            attempt.failed(error)
+            raise
+        finally:
+            self._close_if_over(member)
 
     def _hashes(self, request: PickRequest) -> tuple[int, ...]:
         if self._picking.max_prefixes == 0:
@@ -153,6 +178,31 @@ class EnginePool:
     def _work_tokens(self, request: PickRequest, cached_tokens: int) -> int:
         output_tokens = min(request.max_output_tokens, self._picking.max_counted_output_tokens)
         return len(request.prompt_token_ids) - cached_tokens + request.num_choices * output_tokens
+
+    def _take_set(self, sessions: asyncio.TaskGroup, told: EndpointSet) -> None:
+        for address in sorted(told.serving - self._members.keys()):
+            self._members[address] = self._open(sessions, address)
+        for address, member in tuple(self._members.items()):
+            was_leaving, member.is_leaving = member.is_leaving, address not in told.serving
+            member.is_gone = member.is_leaving and address not in told.terminating
+            if member.is_leaving != was_leaving:
+                self._on_change(member.state)
+            self._close_if_over(member)
+
+    def _open(self, sessions: asyncio.TaskGroup, address: str) -> _Member:
+        session = EngineSession(address, self._config, self._rng, self._take_change, self._connecting)
+        breaker = Breaker(self._picking.failures_to_leave_out, self._picking.left_out_s, self._clock)
+        return _Member(session, breaker, sessions.create_task(session.run(), name=f"engine session {address}"))
+
+    def _close_if_over(self, member: _Member) -> None:
+        address = member.session.address
+        # Another may be at this address by now, when this one was closed under a request of its own.
+        if not member.is_gone or member.session.state.num_in_flight or self._members.get(address) is not member:
+            return
+        del self._members[address]
+        member.running.cancel()
+        self._prefixes.forget(address)
+        self._on_change(member.state)
 
     def _take_change(self, state: EndpointState) -> None:
         if not state.is_ready:

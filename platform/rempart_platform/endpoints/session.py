@@ -42,6 +42,12 @@ class SessionConfig:
     at pings more often than every 5 s."""
     max_message_bytes: int = 64 * 1024 * 1024
     """One update carries a whole step: prompt log-probabilities make it large."""
+    max_connecting: int = 64
+    """Engines that a router connects to at a time; more wait for their turn."""
+
+    def __post_init__(self) -> None:
+        if self.max_connecting < 1:
+            raise ValueError("max_connecting must be at least 1")
 
 
 def backoff_s(attempt: int, config: SessionConfig, rng: random.Random) -> float:
@@ -58,15 +64,22 @@ class EngineSession:
         config: limits and times.
         rng: jitters the backoff.
         on_change: told when the endpoint becomes ready, starts to drain, or is lost.
+        connecting: shared by all sessions, so that a thousand of them do not connect at the same time.
     """
 
     def __init__(
-        self, address: str, config: SessionConfig, rng: random.Random, on_change: Callable[[EndpointState], None]
+        self,
+        address: str,
+        config: SessionConfig,
+        rng: random.Random,
+        on_change: Callable[[EndpointState], None],
+        connecting: asyncio.Semaphore | None = None,
     ) -> None:
         self.address = address
         self._config = config
         self._rng = rng
         self._on_change = on_change
+        self._connecting = connecting or asyncio.Semaphore(config.max_connecting)
         self._model: EndpointModel | None = None
         self._connection: EngineConnection | None = None
         self._load: EndpointLoad | None = None  # None: this connection has not brought an update yet
@@ -119,7 +132,8 @@ class EngineSession:
     async def _serve_once(self) -> str:
         async with grpc.aio.insecure_channel(self.address, options=_channel_options(self._config)) as channel:
             try:
-                model = await self._ask_model(channel)
+                async with self._connecting:
+                    model = await self._ask_model(channel)
             except grpc.aio.AioRpcError as error:
                 return f"{error.code().name}: {error.details()}"
             if model is None:

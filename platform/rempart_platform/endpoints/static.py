@@ -1,5 +1,26 @@
 """Endpoints from a fixed list of addresses."""
 
+from collections.abc import Callable, Iterable
+
+from rempart_platform.endpoints.source import EndpointSet
+
+
+class StaticSource:
+    """Always the same addresses.
+
+    Args:
+        addresses: one endpoint each, `host:port`.
+    """
+
+    has_synced = True
+
+    def __init__(self, addresses: Iterable[str]) -> None:
+        self._set = EndpointSet(frozenset(addresses))
+
+    async def run(self, tell: Callable[[EndpointSet], None]) -> None:
+        """Tells the set, once."""
+        tell(self._set)
+
 
 def parse_addresses(text: str) -> tuple[str, ...]:
     """Addresses of a comma-separated list of `host:port`, in order.
@@ -9,9 +30,19 @@ def parse_addresses(text: str) -> tuple[str, ...]:
     """
     addresses = tuple(entry.strip() for entry in text.split(","))
     for address in addresses:
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ValueError(f"endpoint {address!r} is not host:port")
+        parse_address(address)
         if addresses.count(address) > 1:
             raise ValueError(f"endpoint {address!r} is named twice")
     return addresses
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of one `host:port`.
+
+    Raises:
+        ValueError: it is malformed; the message names it.
+    """
+    host, _, port = text.strip().rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"endpoint {text!r} is not host:port")
+    return host, int(port)

@@ -1,0 +1,16 @@
+"""What finding engines tells its observer."""
+
+from typing import Protocol
+
+
+class DiscoveryObserver(Protocol):
+    """Told of every attempt. A source is one service or name."""
+
+    def synced(self, source: str, num_serving: int, num_terminating: int) -> None:
+        """The source's whole set was read just now."""
+
+    def changed(self, source: str, num_serving: int, num_terminating: int) -> None:
+        """The source told a change of its set."""
+
+    def failed(self, source: str, reason: str) -> None:
+        """The set could not be read or followed; it is tried again."""
