@@ -140,6 +140,12 @@ def router(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASS_ON)
+def fetch(context: typer.Context) -> None:
+    """Bring a model from object storage to a folder; see `rempart fetch --help`."""
+    _become("rempart_engine.fetch", context.args)
+
+
+@app.command(context_settings=_PASS_ON)
 def verify(context: typer.Context) -> None:
     """Check a model's files against a manifest, or write one; see `rempart verify --help`."""
     _become("rempart_engine.manifest", context.args)

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from rempart_platform.aliases import Alias, parse_alias
 from rempart_platform.apis.grpc_limits import GrpcLimits
 from rempart_platform.apis.http_limits import HttpLimits
 from rempart_platform.chat.format import CHAT_FORMATS
@@ -53,6 +54,8 @@ class RouterConfig:
     """--model NAME=PATH, once per model."""
     engines: tuple[str, ...]
     """--engines HOST:PORT,HOST:PORT."""
+    aliases: tuple[Alias, ...] = ()
+    """--alias NAME=MODEL:WEIGHT,MODEL:WEIGHT, once per alias."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     http_port: int = 8000
@@ -89,6 +92,7 @@ class RouterConfig:
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"--model {name} is given twice")
+        _check_aliases(self.aliases, names)
         for port in ("http_port", "grpc_port", "metrics_port"):
             if not 0 <= getattr(self, port) <= 0xFFFF:
                 raise ConfigError(f"--{port.replace('_', '-')} must be between 0 and 65535")
@@ -114,10 +118,20 @@ class RouterConfig:
             help=f"of a model, when it does not show it: {', '.join(CHAT_FORMATS)}",
         )
         parser.add_argument("--engines", required=True, type=_addresses, metavar="HOST:PORT,...")
+        parser.add_argument(
+            "--alias",
+            dest="aliases",
+            action="append",
+            default=[],
+            type=_alias,
+            metavar="NAME=MODEL:WEIGHT,...",
+            help="another name for a model, or for several by weight, as for a canary",
+        )
         for flag in _flags(RouterConfig):
             flag.add_to(parser)
         given = vars(parser.parse_args(args))
         try:
+            given["aliases"] = tuple(given["aliases"])
             given["models"] = _with_chat_formats(given["models"], given.pop("chat_formats"))
             return _build(RouterConfig, given)
         except ValueError as error:
@@ -181,7 +195,7 @@ def _flags(of: type, prefix: str = "") -> Iterator[_Flag]:
     hints = get_type_hints(of)
     for spec in fields(of):
         default = _default(spec)
-        if default is MISSING:
+        if default is MISSING or get_origin(hints[spec.name]) is tuple:  # what lists things is parsed by itself
             continue
         if is_dataclass(hints[spec.name]):
             yield from _flags(hints[spec.name], f"{prefix}{spec.name}_")
@@ -247,6 +261,23 @@ def _with_chat_formats(
         if all(model.name != name for model in models):
             raise ConfigError(f"--chat-format names {name}, which no --model does")
     return tuple(replace(model, chat_format=named.get(model.name)) for model in models)
+
+
+def _alias(text: str) -> Alias:
+    try:
+        return parse_alias(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _check_aliases(aliases: Sequence[Alias], models: Sequence[str]) -> None:
+    names = [*models, *(alias.name for alias in aliases)]
+    for alias in aliases:
+        if names.count(alias.name) > 1:
+            raise ConfigError(f"--alias {alias.name} is the name of a model or of another alias")
+        for share in alias.shares:
+            if share.model not in models:
+                raise ConfigError(f"--alias {alias.name} names {share.model}, which no --model does")
 
 
 def _addresses(text: str) -> tuple[str, ...]:

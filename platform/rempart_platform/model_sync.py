@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from rempart_platform.aliases import Alias
 from rempart_platform.config import ModelSource
 from rempart_platform.endpoints.load import EndpointState
 from rempart_platform.models import ModelCatalog, ServedModel, load_served_model
@@ -14,13 +15,13 @@ _logger = logging.getLogger(__name__)
 _UNKNOWN_MAX_MODEL_LEN = 1 << 20
 
 
-def load_catalog(sources: Iterable[ModelSource], created_s: int) -> ModelCatalog:
+def load_catalog(sources: Iterable[ModelSource], created_s: int, aliases: Iterable[Alias] = ()) -> ModelCatalog:
     """The text side of every model; touches no weights.
 
     Raises:
         OSError, ValueError: a model's tokenizer cannot be read.
     """
-    return ModelCatalog(
+    models = (
         load_served_model(
             source.path,
             name=source.name,
@@ -30,6 +31,7 @@ def load_catalog(sources: Iterable[ModelSource], created_s: int) -> ModelCatalog
         )
         for source in sources
     )
+    return ModelCatalog(models, aliases)
 
 
 def sync_model(catalog: ModelCatalog, changed: EndpointState, states: Sequence[EndpointState]) -> None:

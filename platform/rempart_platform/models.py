@@ -1,9 +1,10 @@
 """The models that this router serves, as its front ends see them."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rempart_platform.aliases import Alias
 from rempart_platform.chat.format import ChatFormat, find_chat_format
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.text.from_folder import load_folder
@@ -25,15 +26,26 @@ class ServedModel:
 
 
 class ModelCatalog:
-    """Served models by name."""
+    """Served models by name.
 
-    def __init__(self, models: Iterable[ServedModel]) -> None:
+    Args:
+        models: all of them.
+        aliases: other names; they stand for models that are served.
+    """
+
+    def __init__(self, models: Iterable[ServedModel], aliases: Iterable[Alias] = ()) -> None:
         self._models = {model.name: model for model in models}
+        self._aliases = {alias.name: alias for alias in aliases}
 
-    def get(self, name: str) -> ServedModel:
-        """Raises RempartError MODEL_NOT_FOUND."""
+    def get(self, name: str, session: str = "") -> ServedModel:
+        """The model of that name; of an alias, the one that this session meets.
+
+        Raises:
+            RempartError: MODEL_NOT_FOUND.
+        """
+        alias = self._aliases.get(name)
         try:
-            return self._models[name]
+            return self._models[name if alias is None else alias.choose(session)]
         except KeyError:
             message = f"The model `{name[:100]}` does not exist or you do not have access to it."
             raise RempartError(ErrorKind.MODEL_NOT_FOUND, message, param="model") from None
@@ -43,8 +55,17 @@ class ModelCatalog:
         self._models[model.name] = model
 
     def all(self) -> list[ServedModel]:
-        """In order of name."""
+        """In order of name, without aliases."""
         return [self._models[name] for name in sorted(self._models)]
+
+    def listed(self) -> list[ServedModel]:
+        """In order of name, with aliases as models of that name: what of their models holds for every session."""
+        aliases = (self._as_model(alias) for alias in self._aliases.values())
+        return sorted((*self._models.values(), *aliases), key=lambda model: model.name)
+
+    def _as_model(self, alias: Alias) -> ServedModel:
+        models = [self._models[share.model] for share in alias.shares]
+        return replace(models[0], name=alias.name, max_model_len=min(model.max_model_len for model in models))
 
 
 def load_served_model(

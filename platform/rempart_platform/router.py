@@ -13,6 +13,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from rempart_platform.apis.admin import AdminServicer
+from rempart_platform.apis.batch_grpc import BatchesServicer
 from rempart_platform.apis.grpc import InferenceServicer
 from rempart_platform.apis.openai import build_app
 from rempart_platform.apis.services import ApiServices
@@ -36,6 +37,7 @@ from rempart_platform.tenancy.queue_values import QueueConfig
 from rempart_platform.tenancy.quota import open_ledger
 from rempart_platform.tenancy.redis_client import RedisClient, RedisConfig, connect_redis
 from rempart_platform.tenancy.seed import Seed, apply_seed, read_seed
+from rempart_platform.tenancy.standings import StandingAuthenticator, Standings
 from rempart_platform.tenancy.tenants import TenantRegistry
 from rempart_platform.tenancy.usage import UsageReader
 
@@ -55,7 +57,7 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
         OSError, RuntimeError, ValueError: it cannot start: a port is taken, or a model's tokenizer or the tenants' file
             cannot be read.
     """
-    catalog = load_catalog(config.models, created_s=int(time.time()))
+    catalog = load_catalog(config.models, int(time.time()), config.aliases)
     seed = read_seed(Path(config.tenants_file)) if config.tenants_file else None
     registry = CollectorRegistry()
     metrics = RouterMetrics(registry, config.max_tenant_labels)
@@ -71,11 +73,12 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
         queue = await stack.enter_async_context(_open_queue(redis, config.queue, metrics, pool))
         hasher = KeyHasher(secrets.key_pepper)
         keys = ApiKeyStore(redis, hasher)
+        standings = Standings(redis, time.monotonic)
         dispatch = DispatchConfig(
             secrets.cache_secret, max_attempts=config.max_attempts, default_timeout_s=config.default_timeout_s
         )
         services = ApiServices(
-            authenticator=Authenticator(keys, hasher),
+            authenticator=StandingAuthenticator(Authenticator(keys, hasher), standings),
             catalog=catalog,
             dispatcher=Dispatcher(
                 ledger=ledger, queue=queue, pool=pool, catalog=catalog, config=dispatch, metrics=metrics
@@ -86,10 +89,11 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
         )
         admin = _build_admin(redis, keys, secrets)
         inference = InferenceServicer(services, config.grpc)
+        batches = BatchesServicer(services, config.grpc)
         metrics_url = await stack.enter_async_context(metrics_server(registry, config))
         await stack.enter_async_context(_running(pool.run(), readiness.run(redis), loop_lag.watch()))
         http, http_url = await stack.enter_async_context(http_server(build_app(services), config))
-        grpc_address = await stack.enter_async_context(grpc_server(inference, admin, readiness, config))
+        grpc_address = await stack.enter_async_context(grpc_server(inference, batches, admin, readiness, config))
         line = {"ready": True, "http": http_url, "grpc": grpc_address, "metrics": metrics_url}
         async with _running(_announce_when_ready(readiness, announce, line)):
             await stop.wait()

@@ -12,7 +12,7 @@ from rempart_platform.chat.format import ChatFormat
 from rempart_platform.chat.message import Conversation
 from rempart_platform.conversation_rules import ConversationMessage, check_conversation_size, to_conversation
 from rempart_platform.errors import ErrorKind, RempartError
-from rempart_platform.generation import Caller, GenerationRequest
+from rempart_platform.generation import Caller, GenerationRequest, ServiceTier, Standing
 from rempart_platform.models import ServedModel
 from rempart_platform.request_limits import RequestLimits, require_at_most
 from rempart_platform.sampling_rules import check_sampling, require_in_vocabulary
@@ -32,6 +32,11 @@ class Arrival:
     created_s: int
     seed: int
     timeout_s: float | None = None
+
+    def session(self, options: inference_pb2.GenerationOptions) -> str:
+        """What requests of one conversation have in common, where they say so: an alias gives them one model."""
+        label = options.prompt_cache_key or options.user or self.request_id
+        return f"{self.caller.tenant} {label}"
 
 
 def mint_request_id() -> str:
@@ -116,6 +121,8 @@ def _check_options(options: inference_pb2.GenerationOptions, model: ServedModel,
         require_at_most(len(stop), limits, "max_stop_chars", "stop", unit="characters in one string")
         if not stop:
             raise _invalid("'stop' holds an empty string.", "stop")
+    if options.service_tier not in inference_pb2.ServiceTier.values():
+        raise _invalid("'service_tier' must be one of the enum's values.", "service_tier")
     for param in ("prompt_cache_key", "user"):
         require_at_most(len(getattr(options, param)), limits, "max_label_chars", param, unit="characters")
 
@@ -155,7 +162,14 @@ def _admissible(
         user=options.user,
         created_s=arrival.created_s,
         timeout_s=None if arrival.timeout_s is None else min(arrival.timeout_s, limits.max_request_s),
+        service_tier=_service_tier(options.service_tier, arrival.caller.standing),
     )
+
+
+def _service_tier(asked: inference_pb2.ServiceTier, standing: Standing) -> ServiceTier:
+    """What was asked for, but no higher than the caller may: the lower tier has the higher number, in the proto too."""
+    named = asked != inference_pb2.SERVICE_TIER_UNSPECIFIED
+    return max(ServiceTier(asked) if named else ServiceTier.DEFAULT, standing.max_tier)
 
 
 def _max_tokens(

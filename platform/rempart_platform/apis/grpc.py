@@ -1,28 +1,19 @@
 # ruff: noqa: N802 - gRPC names methods as the proto does
 """The `Inference` service over gRPC: who asks, validation, dispatch, one message per event."""
 
-import asyncio
-import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeAlias, TypeVar
-
-import grpc
+from typing import TypeVar
 
 from rempart_platform import validation
 from rempart_platform.apis.echo import echo_deltas
-from rempart_platform.apis.grpc_errors import error_status
+from rempart_platform.apis.grpc_call import Context, answer, write
 from rempart_platform.apis.grpc_limits import GrpcLimits
 from rempart_platform.apis.grpc_render import admitted, render
-from rempart_platform.apis.services import ApiServices, bearer_token
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.apis.services import ApiServices
 from rempart_platform.generation import Caller, Delta, GenerationRequest
 from rempart_platform.validation import Arrival
 from rempart_protos.v1 import inference_pb2, inference_pb2_grpc
 
-_logger = logging.getLogger(__name__)
-
-# Any: one context type serves methods of all message types.
-_Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 _T = TypeVar("_T")
 
 
@@ -35,27 +26,27 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     # Writing to the context instead of yielding: a cancelled call then unwinds the dispatcher here and now, and not
     # when a generator is collected.
-    async def Chat(self, request: inference_pb2.ChatRequest, context: _Context) -> None:  # type: ignore[override] # above
+    async def Chat(self, request: inference_pb2.ChatRequest, context: Context) -> None:  # type: ignore[override] # above
         async def serve(caller: Caller) -> None:
-            model = self._services.catalog.get(request.model)
             arrival = self._arrival(caller, context)
+            model = self._services.catalog.get(request.model, arrival.session(request.options))
             await self._generate(await validation.chat(request, model, self._services.limits, arrival), (), context)
 
         await self._answer(context, serve)
 
     async def Complete(  # type: ignore[override] # above
-        self, request: inference_pb2.CompleteRequest, context: _Context
+        self, request: inference_pb2.CompleteRequest, context: Context
     ) -> None:
         async def serve(caller: Caller) -> None:
-            model = self._services.catalog.get(request.model)
             arrival = self._arrival(caller, context)
+            model = self._services.catalog.get(request.model, arrival.session(request.options))
             valid = await validation.complete(request, model, self._services.limits, arrival)
             await self._generate(valid, echo_deltas(request, valid, model), context)
 
         await self._answer(context, serve)
 
     async def Tokenize(
-        self, request: inference_pb2.TokenizeRequest, context: _Context
+        self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
         async def serve(_: Caller) -> inference_pb2.TokenizeResponse:
             model = self._services.catalog.get(request.model)
@@ -65,30 +56,21 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return await self._answer(context, serve)
 
     async def ListModels(
-        self, request: inference_pb2.ListModelsRequest, context: _Context
+        self, request: inference_pb2.ListModelsRequest, context: Context
     ) -> inference_pb2.ListModelsResponse:
         async def serve(_: Caller) -> inference_pb2.ListModelsResponse:
             models = [
                 inference_pb2.Model(name=model.name, max_model_len=model.max_model_len, created_s=model.created_s)
-                for model in self._services.catalog.all()
+                for model in self._services.catalog.listed()
             ]
             return inference_pb2.ListModelsResponse(models=models)
 
         return await self._answer(context, serve)
 
-    async def _answer(self, context: _Context, serve: Callable[[Caller], Awaitable[_T]]) -> _T:
-        """Authenticates, serves, and turns whatever goes wrong into the call's status."""
-        try:
-            caller = await self._services.authenticator.authenticate(bearer_token(_metadata(context, "authorization")))
-            return await serve(caller)
-        except RempartError as error:
-            failure = error
-        except Exception:
-            _logger.exception("a call failed unexpectedly")
-            failure = RempartError(ErrorKind.INTERNAL, "The server had an error while processing the request.")
-        return await context.abort_with_status(error_status(failure))
+    async def _answer(self, context: Context, serve: Callable[[Caller], Awaitable[_T]]) -> _T:
+        return await answer(self._services.authenticator, context, serve)
 
-    def _arrival(self, caller: Caller, context: _Context) -> Arrival:
+    def _arrival(self, caller: Caller, context: Context) -> Arrival:
         deadline: float | None = context.time_remaining()
         return Arrival(
             request_id=validation.mint_request_id(),
@@ -98,7 +80,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             timeout_s=deadline,
         )
 
-    async def _generate(self, request: GenerationRequest, preface: tuple[Delta, ...], context: _Context) -> None:
+    async def _generate(self, request: GenerationRequest, preface: tuple[Delta, ...], context: Context) -> None:
         async with self._services.dispatcher.admit(request) as generation:
             headers = (("x-request-id", request.request_id), *generation.headers.items())
             context.set_trailing_metadata(headers)
@@ -109,16 +91,5 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             async for event in generation.events():
                 await self._write(context, render(event))
 
-    async def _write(self, context: _Context, event: inference_pb2.GenerationEvent) -> None:
-        try:
-            async with asyncio.timeout(self._limits.write_timeout_s):
-                await context.write(event)
-        except TimeoutError:
-            raise RempartError(ErrorKind.CLIENT_CLOSED, "The client reads too slowly.") from None
-
-
-def _metadata(context: _Context, key: str) -> str | None:
-    for name, value in context.invocation_metadata() or ():
-        if name == key and isinstance(value, str):
-            return value
-    return None
+    async def _write(self, context: Context, event: inference_pb2.GenerationEvent) -> None:
+        await write(context, event, self._limits)

@@ -18,9 +18,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from rempart_platform import validation
 from rempart_platform.apis.http_body import read_json_body
 from rempart_platform.apis.http_envelope import Authentication, Envelope
+from rempart_platform.apis.openai_batches import BatchRoutes
 from rempart_platform.apis.openai_decode import decode_body
 from rempart_platform.apis.openai_errors import error_response
+from rempart_platform.apis.openai_files import FileRoutes
 from rempart_platform.apis.openai_generation import GenerationEndpoint, prepare_chat, prepare_completion
+from rempart_platform.apis.openai_request import json_response
 from rempart_platform.apis.openai_schema import TokenizeBody, tokenize_request
 from rempart_platform.apis.services import ApiServices
 from rempart_platform.errors import ErrorKind, RempartError
@@ -74,6 +77,8 @@ def build_routes(services: ApiServices) -> list[Route]:
         Route("/v1/chat/completions", GenerationEndpoint(services, prepare_chat), methods=["POST"]),
         Route("/v1/completions", GenerationEndpoint(services, prepare_completion), methods=["POST"]),
         Route("/tokenize", _Tokenize(services), methods=["POST"]),
+        *FileRoutes(services).all(),
+        *BatchRoutes(services).all(),
     ]
 
 
@@ -82,12 +87,12 @@ class _Health:
         self._services = services
 
     async def live(self, _: Request) -> Response:
-        return _json({"status": "ok"})
+        return json_response({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
         if not self._services.is_ready():
             raise RempartError(ErrorKind.UNAVAILABLE, "No engine is ready.")
-        return _json({"status": "ok"})
+        return json_response({"status": "ok"})
 
 
 class _Models:
@@ -95,10 +100,10 @@ class _Models:
         self._catalog = services.catalog
 
     async def list(self, _: Request) -> Response:
-        return _json(ModelList([_model_object(model) for model in self._catalog.all()]))
+        return json_response(ModelList([_model_object(model) for model in self._catalog.listed()]))
 
     async def get(self, request: Request) -> Response:
-        return _json(_model_object(self._catalog.get(request.path_params["name"])))
+        return json_response(_model_object(self._catalog.get(request.path_params["name"])))
 
 
 class _Tokenize:
@@ -112,16 +117,12 @@ class _Tokenize:
         )
         model = services.catalog.get(body.model)
         token_ids = await validation.tokenize(tokenize_request(body), model, services.limits)
-        response = _json(Tokens(token_ids, len(token_ids), model.max_model_len))
+        response = json_response(Tokens(token_ids, len(token_ids), model.max_model_len))
         await response(scope, receive, send)
 
 
 def _model_object(model: ServedModel) -> ModelObject:
     return ModelObject(model.name, model.created_s, model.max_model_len)
-
-
-def _json(content: object) -> Response:
-    return Response(msgspec.json.encode(content), media_type="application/json")
 
 
 async def _answer(_: Request, error: Exception) -> Response:

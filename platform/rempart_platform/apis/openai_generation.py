@@ -43,8 +43,9 @@ class Prepare(Protocol):
 async def prepare_chat(body: bytes, services: ApiServices, arrival: Arrival) -> Prepared:
     """POST /v1/chat/completions."""
     parsed = decode_body(body, ChatBody, services.http)
-    model = services.catalog.get(parsed.model)
-    request = await validation.chat(chat_request(parsed), model, services.limits, arrival)
+    message = chat_request(parsed)
+    model = services.catalog.get(message.model, arrival.session(message.options))
+    request = await validation.chat(message, model, services.limits, arrival)
     context = RenderContext.of(request, model, include_usage=parsed.include_usage)
     return Prepared(request, ChatRenderer(context), bool(parsed.stream))
 
@@ -52,8 +53,8 @@ async def prepare_chat(body: bytes, services: ApiServices, arrival: Arrival) -> 
 async def prepare_completion(body: bytes, services: ApiServices, arrival: Arrival) -> Prepared:
     """POST /v1/completions."""
     parsed = decode_body(body, CompletionBody, services.http)
-    model = services.catalog.get(parsed.model)
     message = complete_request(parsed)
+    model = services.catalog.get(message.model, arrival.session(message.options))
     request = await validation.complete(message, model, services.limits, arrival)
     context = RenderContext.of(request, model, include_usage=parsed.include_usage)
     return Prepared(request, CompletionRenderer(context), bool(parsed.stream), echo_deltas(message, request, model))
