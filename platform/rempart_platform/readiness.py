@@ -10,9 +10,10 @@ from grpc_health.v1 import health, health_pb2
 
 from rempart_platform.errors import RempartError
 from rempart_platform.tenancy.redis_client import RedisClient
-from rempart_protos.v1 import admin_pb2, inference_pb2
+from rempart_protos.v1 import admin_pb2, batch_pb2, inference_pb2
 
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+BATCHES = batch_pb2.DESCRIPTOR.services_by_name["Batches"].full_name
 ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 _REDIS_RETRY_S = 0.25
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -63,10 +64,11 @@ class Readiness:
 
     async def _tell(self) -> None:
         is_ready = self.is_ready()
-        has_admin = self._has_redis and not self._is_draining
+        has_records = self._has_redis and not self._is_draining
         await self.servicer.set("", _SERVING)
         await self.servicer.set(INFERENCE, _SERVING if is_ready else _NOT_SERVING)
-        await self.servicer.set(ADMIN, _SERVING if has_admin else _NOT_SERVING)
+        for name in (BATCHES, ADMIN):
+            await self.servicer.set(name, _SERVING if has_records else _NOT_SERVING)
         if is_ready:
             self._was_ready.set()
 

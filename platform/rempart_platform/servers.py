@@ -12,11 +12,12 @@ from prometheus_client import CollectorRegistry, start_http_server
 from starlette.types import ASGIApp
 
 from rempart_platform.apis.admin import AdminServicer
+from rempart_platform.apis.batch_grpc import BatchesServicer
 from rempart_platform.apis.grpc import InferenceServicer
 from rempart_platform.apis.http_server import HttpServer
 from rempart_platform.config import RouterConfig
-from rempart_platform.readiness import ADMIN, INFERENCE, Readiness
-from rempart_protos.v1 import admin_pb2_grpc, inference_pb2_grpc
+from rempart_platform.readiness import ADMIN, BATCHES, INFERENCE, Readiness
+from rempart_protos.v1 import admin_pb2_grpc, batch_pb2_grpc, inference_pb2_grpc
 
 
 @asynccontextmanager
@@ -40,7 +41,11 @@ async def http_server(app: ASGIApp, config: RouterConfig) -> AsyncIterator[tuple
 
 @asynccontextmanager
 async def grpc_server(
-    inference: InferenceServicer, admin: AdminServicer, readiness: Readiness, config: RouterConfig
+    inference: InferenceServicer,
+    batches: BatchesServicer,
+    admin: AdminServicer,
+    readiness: Readiness,
+    config: RouterConfig,
 ) -> AsyncIterator[str]:
     """Serves gRPC; gives its address. Leaving as with HTTP.
 
@@ -49,9 +54,11 @@ async def grpc_server(
     """
     server = grpc.aio.server(options=config.grpc.server_options(), maximum_concurrent_rpcs=config.max_concurrent_rpcs)
     inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
+    batch_pb2_grpc.add_BatchesServicer_to_server(batches, server)
     admin_pb2_grpc.add_AdminServicer_to_server(admin, server)
     health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, server)
-    reflection.enable_server_reflection((INFERENCE, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    names = (INFERENCE, BATCHES, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
     port = server.add_insecure_port(_authority(config.host, config.grpc_port))
     await server.start()
     try:

@@ -1,0 +1,155 @@
+"""/v1/files: a tenant's files, in and out in pieces."""
+
+from collections.abc import AsyncIterator
+from typing import Final
+from urllib.parse import quote
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from rempart_platform.apis import batch_rules
+from rempart_platform.apis.http_body import announced_length, body_pieces
+from rempart_platform.apis.openai_lists import page_response
+from rempart_platform.apis.openai_request import caller_of, json_response
+from rempart_platform.apis.pieces import small_pieces
+from rempart_platform.apis.services import ApiServices
+from rempart_platform.apis.upload_form import UploadForm
+from rempart_platform.batch.values import BatchLimits, StoredFile
+from rempart_platform.errors import ErrorKind, RempartError
+
+_ANCHOR: Final = "expires_after[anchor]"
+_SECONDS: Final = "expires_after[seconds]"
+_FIELDS: Final = frozenset({"purpose", _ANCHOR, _SECONDS})
+_ORDERS: Final = ("asc", "desc")
+
+
+class FileObject(msgspec.Struct):
+    id: str
+    bytes: int
+    created_at: int
+    expires_at: int | None
+    filename: str
+    purpose: str
+    object: str = "file"
+    status: str = "processed"
+    status_details: str | None = None
+
+    @classmethod
+    def of(cls, file: StoredFile) -> "FileObject":
+        expires_s = file.expires_s or None
+        return cls(file.file_id, file.num_bytes, file.created_s, expires_s, file.filename, file.purpose)
+
+
+class DeletedFile(msgspec.Struct):
+    id: str
+    deleted: bool = True
+    object: str = "file"
+
+
+class FileRoutes:
+    """What can be asked of files over HTTP."""
+
+    def __init__(self, services: ApiServices) -> None:
+        self._services = services
+
+    def all(self) -> list[Route]:
+        return [
+            Route("/v1/files", self._files, methods=["GET", "POST"]),
+            Route("/v1/files/{file_id}", self._file, methods=["GET", "DELETE"]),
+            Route("/v1/files/{file_id}/content", self._content),
+        ]
+
+    async def _files(self, request: Request) -> Response:
+        return await (self._upload(request) if request.method == "POST" else self._list(request))
+
+    async def _file(self, request: Request) -> Response:
+        files = batch_rules.files_of(self._services)
+        tenant, file_id = caller_of(request).tenant, _file_id(request)
+        if request.method == "DELETE":
+            await files.delete(tenant, file_id)
+            return json_response(DeletedFile(file_id))
+        return json_response(FileObject.of(await files.get(tenant, file_id)))
+
+    async def _upload(self, request: Request) -> Response:
+        files = batch_rules.files_of(self._services)
+        http, limits = self._services.http, self._services.batch_limits
+        # What surrounds the file is little, but not nothing.
+        most = limits.max_file_bytes + http.max_form_parts * (http.max_part_head_bytes + http.max_field_bytes)
+        if announced_length(request.headers) > most:
+            raise batch_rules.file_too_large(limits)
+        pieces = _at_most(most, body_pieces(request.receive, http.upload_pace), limits)
+        form = UploadForm(pieces, request.headers.get("content-type", ""), http, _FIELDS)
+        filename = batch_rules.check_filename(await form.find_file(), param="file")
+        lifetime_s = _lifetime_s(form)
+
+        async def content() -> AsyncIterator[bytes]:
+            num_bytes = 0
+            async for piece in form.content():
+                num_bytes += len(piece)
+                batch_rules.check_file_size(num_bytes, limits)
+                yield piece
+            # It may stand behind the file; nothing is kept of a file for which it is not what it must be.
+            batch_rules.check_purpose(form.fields.get("purpose"))
+            if _lifetime_s(form) != lifetime_s:
+                message = "'expires_after' must stand before 'file' in the form."
+                raise RempartError(ErrorKind.INVALID_REQUEST, message, param="expires_after")
+
+        purpose = batch_rules.check_purpose(form.fields.get("purpose", batch_rules.PURPOSE))
+        tenant = caller_of(request).tenant
+        return json_response(
+            FileObject.of(await files.create(tenant, filename, purpose, content(), lifetime_s=lifetime_s))
+        )
+
+    async def _list(self, request: Request) -> Response:
+        files = batch_rules.files_of(self._services)
+        order = request.query_params.get("order", "desc")
+        if order not in _ORDERS:
+            raise RempartError(ErrorKind.INVALID_REQUEST, "'order' must be 'asc' or 'desc'.", param="order")
+        found = await files.list(caller_of(request).tenant, purpose=request.query_params.get("purpose", ""))
+        objects = [FileObject.of(file) for file in (found if order == "desc" else reversed(found))]
+        most = batch_rules.MAX_FILES_PER_PAGE
+        return json_response(page_response(objects, request, default=most, most=most))
+
+    async def _content(self, request: Request) -> Response:
+        files = batch_rules.files_of(self._services)
+        file = await files.get(caller_of(request).tenant, _file_id(request))
+        pieces = small_pieces(files.read(file))
+        first = await anext(pieces, b"")  # until it is here, a failure can still have a status of its own
+        headers = {
+            "content-length": str(file.num_bytes),
+            "content-disposition": f"attachment; filename*=utf-8''{quote(file.filename, safe='')}",
+            "x-content-type-options": "nosniff",
+        }
+        return StreamingResponse(_joined(first, pieces), headers=headers, media_type="application/octet-stream")
+
+
+def _lifetime_s(form: UploadForm) -> int | None:
+    anchor, seconds = form.fields.get(_ANCHOR), form.fields.get(_SECONDS)
+    if anchor is None and seconds is None:
+        return None
+    if anchor != "created_at":
+        raise RempartError(ErrorKind.INVALID_REQUEST, f"'{_ANCHOR}' must be 'created_at'.", param=_ANCHOR)
+    if seconds is None or not (seconds.isascii() and seconds.isdigit() and len(seconds) < 10):
+        raise RempartError(ErrorKind.INVALID_REQUEST, f"'{_SECONDS}' must be a number of seconds.", param=_SECONDS)
+    return batch_rules.check_lifetime_s(int(seconds), param=_SECONDS)
+
+
+async def _at_most(most: int, pieces: AsyncIterator[bytes], limits: BatchLimits) -> AsyncIterator[bytes]:
+    num_bytes = 0
+    async for piece in pieces:
+        num_bytes += len(piece)
+        if num_bytes > most:
+            raise batch_rules.file_too_large(limits)
+        yield piece
+
+
+async def _joined(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for piece in rest:
+        yield piece
+
+
+def _file_id(request: Request) -> str:
+    return batch_rules.check_file_id(request.path_params["file_id"])
