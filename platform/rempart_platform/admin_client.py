@@ -22,9 +22,13 @@ class AdminClient:
         self._metadata = (("authorization", f"Bearer {admin_key}"),)
 
     async def create_tenant(
-        self, name: str, limits: admin_pb2.TenantLimits | None = None, plan: str = ""
+        self,
+        name: str,
+        limits: admin_pb2.TenantLimits | None = None,
+        plan: str = "",
+        standing: admin_pb2.Standing | None = None,
     ) -> admin_pb2.Tenant:
-        request = admin_pb2.CreateTenantRequest(name=name, limits=limits, plan=plan)
+        request = admin_pb2.CreateTenantRequest(name=name, limits=limits, plan=plan, standing=standing)
         return await self._stub.CreateTenant(request, metadata=self._metadata, timeout=_TIMEOUT_S)
 
     async def list_tenants(self) -> list[admin_pb2.Tenant]:
@@ -38,16 +42,28 @@ class AdminClient:
         request = admin_pb2.SetTenantLimitsRequest(tenant=tenant, limits=limits, model=model, unset=unset)
         return await self._stub.SetTenantLimits(request, metadata=self._metadata, timeout=_TIMEOUT_S)
 
+    async def set_standing(
+        self, tenant: str, standing: admin_pb2.Standing, unset: Sequence[str] = ()
+    ) -> admin_pb2.Tenant:
+        """What is neither set nor unset stays as it is."""
+        request = admin_pb2.SetTenantStandingRequest(tenant=tenant, standing=standing, unset=unset)
+        return await self._stub.SetTenantStanding(request, metadata=self._metadata, timeout=_TIMEOUT_S)
+
     async def set_tenant_plan(self, tenant: str, plan: str) -> admin_pb2.Tenant:
         """No plan with ""."""
         request = admin_pb2.SetTenantPlanRequest(tenant=tenant, plan=plan)
         return await self._stub.SetTenantPlan(request, metadata=self._metadata, timeout=_TIMEOUT_S)
 
     async def set_plan(
-        self, name: str, limits: admin_pb2.TenantLimits, model: str = "", unset: Sequence[str] = ()
+        self,
+        name: str,
+        limits: admin_pb2.TenantLimits,
+        model: str = "",
+        unset: Sequence[str] = (),
+        standing: admin_pb2.Standing | None = None,
     ) -> admin_pb2.Plan:
         """Makes the plan if need be."""
-        request = admin_pb2.SetPlanRequest(name=name, limits=limits, model=model, unset=unset)
+        request = admin_pb2.SetPlanRequest(name=name, limits=limits, model=model, unset=unset, standing=standing)
         return await self._stub.SetPlan(request, metadata=self._metadata, timeout=_TIMEOUT_S)
 
     async def list_plans(self) -> list[admin_pb2.Plan]:

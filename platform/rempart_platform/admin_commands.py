@@ -29,6 +29,15 @@ from rempart_platform.limit_options import (
     with_limits,
 )
 from rempart_platform.plan_commands import plans
+from rempart_platform.standing_options import (
+    HEADINGS,
+    CacheGroup,
+    MaxTier,
+    Weight,
+    standing_cells,
+    standing_document,
+    standing_message,
+)
 from rempart_platform.tenancy.money import format_money
 
 if TYPE_CHECKING:
@@ -48,16 +57,20 @@ _DAY_S = 86_400
 
 @tenants.command("create")
 @with_limits
-def create_tenant(
+def create_tenant(  # noqa: PLR0913 - one for each option
     name: _TenantName,
     admin_key: AdminKey,
     limits: "admin_pb2.TenantLimits",
     address: Address = DEFAULT_ADDRESS,
-    plan: Annotated[str, typer.Option(help="Whose limits it inherits.", show_default=False)] = "",
+    plan: Annotated[str, typer.Option(help="Whose limits and standing it inherits.", show_default=False)] = "",
+    weight: Weight = None,
+    max_tier: MaxTier = None,
+    cache_group: CacheGroup = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a tenant. A limit that is not given is the plan's, or the router's default."""
-    tenant = call(address, admin_key, lambda admin: admin.create_tenant(name, limits, plan))
+    standing = standing_message(weight, max_tier, cache_group)
+    tenant = call(address, admin_key, lambda admin: admin.create_tenant(name, limits, plan, standing))
     _show_tenants([tenant], _tenant_document(tenant) if as_json else None)
 
 
@@ -81,6 +94,26 @@ def set_limits(
 ) -> None:
     """Change the limits that are given, and show all of the tenant's."""
     tenant = call(address, admin_key, lambda admin: admin.set_limits(name, limits, model, unset_names(unset)))
+    _show_tenants([tenant], _tenant_document(tenant) if as_json else None)
+
+
+@tenants.command("set")
+def set_standing(
+    name: _TenantName,
+    admin_key: AdminKey,
+    address: Address = DEFAULT_ADDRESS,
+    weight: Weight = None,
+    max_tier: MaxTier = None,
+    cache_group: CacheGroup = None,
+    unset: Annotated[
+        list[str] | None,
+        typer.Option(help="What is to be inherited again, such as weight; may be given again.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Change how a tenant stands beside the others, and show it. Routers notice within 5 seconds."""
+    standing = standing_message(weight, max_tier, cache_group)
+    tenant = call(address, admin_key, lambda admin: admin.set_standing(name, standing, unset_names(unset)))
     _show_tenants([tenant], _tenant_document(tenant) if as_json else None)
 
 
@@ -192,6 +225,7 @@ def _tenant_document(tenant: "admin_pb2.Tenant") -> dict[str, object]:
     return {
         "name": tenant.name,
         "plan": tenant.plan or None,
+        **standing_document(tenant.standing),
         "limits": limits_document(tenant.limits),
         "models": limits_by_model(tenant.model_limits),
         "created_s": tenant.created_s,
@@ -206,10 +240,13 @@ def _show_tenants(found: "Sequence[admin_pb2.Tenant]", document: Mapping[str, ob
     rows = []
     for tenant in found:
         inherited = "plan" if tenant.plan else "default"
-        cells = limit_cells(tenant.limits, inherited)
+        cells = *standing_cells(tenant.standing, inherited), *limit_cells(tenant.limits, inherited)
         rows.append((tenant.name, tenant.plan or "-", EVERY_MODEL, *cells, time_text(tenant.created_s)))
-        rows += [(tenant.name, "", each.model, *limit_cells(each.limits, "-"), "") for each in tenant.model_limits]
-    print_table(("tenant", "plan", "model", *LIMITS.values(), "created"), rows)
+        empty = [""] * len(HEADINGS)
+        rows += [
+            (tenant.name, "", each.model, *empty, *limit_cells(each.limits, "-"), "") for each in tenant.model_limits
+        ]
+    print_table(("tenant", "plan", "model", *HEADINGS, *LIMITS.values(), "created"), rows)
 
 
 def _key_document(key: "admin_pb2.ApiKey") -> dict[str, object]:

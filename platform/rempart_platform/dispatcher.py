@@ -25,7 +25,7 @@ from typing import Protocol
 from rempart_platform.endpoints.pick import PickRequest
 from rempart_platform.endpoints.pool import EnginePool, no_endpoint
 from rempart_platform.errors import ErrorKind, RempartError
-from rempart_platform.generation import GenerationEvent, GenerationRequest, Usage
+from rempart_platform.generation import Caller, GenerationEvent, GenerationRequest, Usage
 from rempart_platform.metrics import RouterMetrics
 from rempart_platform.models import ModelCatalog
 from rempart_platform.request_log import log_request
@@ -49,6 +49,16 @@ class QuotaLedger(Protocol):
 
     async def refund(self, reservation: Reservation) -> None:
         """Ends the reservation as if it had never been made, even when it is cancelled."""
+
+
+class RequestAudit(Protocol):
+    """What dispatch needs of the audit log; `audit.log.AuditLog` in production."""
+
+    def require_room(self) -> None:
+        """Raises RempartError when no new request could be recorded."""
+
+    def request_ended(self, trace: RequestTrace) -> None:
+        """Records a request, once."""
 
 
 class RequestQueue(Protocol):
@@ -98,6 +108,7 @@ class Dispatcher:
     Args:
         ledger: quotas.
         queue: where requests wait for room in the engines; None hands each to an engine at once.
+        audit: records every request; None for none.
         pool: endpoints.
         catalog: what turns token ids to text, by model.
         config: limits and the salt's secret.
@@ -114,10 +125,12 @@ class Dispatcher:
         config: DispatchConfig,
         metrics: RouterMetrics,
         queue: RequestQueue | None = None,
+        audit: RequestAudit | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ledger = ledger
         self._queue = queue
+        self._audit = audit
         self._pool = pool
         self._catalog = catalog
         self._config = config
@@ -133,6 +146,8 @@ class Dispatcher:
         """
         trace = RequestTrace(request, self._clock())
         try:
+            if self._audit is not None:
+                self._audit.require_room()
             if not self._pool.can_serve(request.model):
                 raise no_endpoint(request.model, self._config.retry_after_s)
             reservation = await self._ledger.reserve(
@@ -176,6 +191,7 @@ class Dispatcher:
             num_rows=request.num_choices,
             timeout_s=self._time_left_s(trace),
             service_tier=request.service_tier,
+            weight=request.caller.standing.weight,
         )
         try:
             return await self._queue.acquire(asked)
@@ -228,7 +244,7 @@ class Dispatcher:
         return PickRequest(
             request.model,
             request.prompt_token_ids,
-            cache_salt(self._config.cache_secret, request.caller.tenant, request.prompt_cache_key),
+            cache_salt(self._config.cache_secret, request.caller, request.prompt_cache_key),
             max_output_tokens=request.sampling.max_tokens,
             num_choices=request.num_choices,
         )
@@ -254,6 +270,8 @@ class Dispatcher:
     def _report(self, trace: RequestTrace) -> None:
         trace.ended_s = self._clock()
         self._metrics.request_ended(trace)
+        if self._audit is not None:
+            self._audit.request_ended(trace)
         log_request(trace)
 
 
@@ -288,6 +306,13 @@ class _Settlement:
             await self._ledger.settle(self._reservation, self._trace.usage, self._trace.request.model)
 
 
-def cache_salt(secret: bytes, tenant: str, prompt_cache_key: str) -> bytes:
-    """Start of the prefix-cache hash chain: equal only for one tenant's requests under one key. 32 bytes."""
-    return hmac.digest(secret, tenant.encode() + b"\0" + prompt_cache_key.encode(), "sha256")
+def cache_salt(secret: bytes, caller: Caller, prompt_cache_key: str) -> bytes:
+    """Start of the prefix-cache hash chain. 32 bytes.
+
+    Equal only for requests under one key of one tenant, or of tenants of one cache group: these can tell by the time to
+    the first token whether another of them sent the same beginning of a prompt lately. No tenant's name begins with a
+    zero byte, so a group's salt is no tenant's.
+    """
+    group = caller.standing.cache_group
+    scope = b"\0group\0" + group.encode() if group else caller.tenant.encode()
+    return hmac.digest(secret, scope + b"\0" + prompt_cache_key.encode(), "sha256")

@@ -31,11 +31,24 @@ class ServiceTier(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """How a tenant stands beside the others."""
+
+    weight: float = 1.0
+    """Its share of the engines, in relation to others that wait."""
+    max_tier: ServiceTier = ServiceTier.DEFAULT
+    """The highest class that it may use; what asks for a higher one is served in this one."""
+    cache_group: str = ""
+    """Tenants of one group share their prefix cache; "" for none."""
+
+
+@dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks: the tenant of a valid API key."""
+    """Who asks: the tenant of a valid API key, and how it stood a moment ago."""
 
     tenant: str
     key_id: str
+    standing: Standing = Standing()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +73,7 @@ class GenerationRequest:
     conversation: Conversation | None = field(default=None, repr=False)
     """What the prompt was rendered from, which tells how to read the output; None for a prompt that was no chat."""
     service_tier: ServiceTier = ServiceTier.DEFAULT
+    """The class that it is served in, which the caller may use."""
     max_tool_calls: int | None = None
     """A choice ends before it makes more calls than these."""
 

@@ -26,12 +26,20 @@ from rempart_platform.limit_options import (
     unset_names,
     with_limits,
 )
+from rempart_platform.standing_options import (
+    HEADINGS,
+    MaxTier,
+    Weight,
+    standing_cells,
+    standing_document,
+    standing_message,
+)
 from rempart_platform.tenancy.money import format_price, parse_price
 
 if TYPE_CHECKING:
     from rempart_protos.v1 import admin_pb2
 
-plans = typer.Typer(help="Plans: sets of limits that tenants inherit.", no_args_is_help=True)
+plans = typer.Typer(help="Plans: limits and a standing that tenants inherit.", no_args_is_help=True)
 prices = typer.Typer(help="What tokens cost.", no_args_is_help=True)
 
 _PlanName = Annotated[str, typer.Argument(help="Lower-case letters, digits and '-'.")]
@@ -39,17 +47,20 @@ _PlanName = Annotated[str, typer.Argument(help="Lower-case letters, digits and '
 
 @plans.command("set")
 @with_limits
-def set_plan(
+def set_plan(  # noqa: PLR0913 - one for each option
     name: _PlanName,
     admin_key: AdminKey,
     limits: "admin_pb2.TenantLimits",
     address: Address = DEFAULT_ADDRESS,
     model: Model = "",
     unset: Unset = None,
+    weight: Weight = None,
+    max_tier: MaxTier = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a plan, or change the limits that are given, and show it."""
-    plan = call(address, admin_key, lambda admin: admin.set_plan(name, limits, model, unset_names(unset)))
+    """Make a plan, or change what is given, and show it."""
+    standing = standing_message(weight, max_tier)
+    plan = call(address, admin_key, lambda admin: admin.set_plan(name, limits, model, unset_names(unset), standing))
     _show_plans([plan], as_json=as_json, document=_plan_document(plan))
 
 
@@ -105,8 +116,11 @@ def list_prices(admin_key: AdminKey, address: Address = DEFAULT_ADDRESS, as_json
 
 
 def _plan_document(plan: "admin_pb2.Plan") -> dict[str, object]:
+    document = standing_document(plan.standing)
     return {
         "name": plan.name,
+        "weight": document["weight"],
+        "max_tier": document["max_tier"],
         "limits": limits_document(plan.limits),
         "models": limits_by_model(plan.model_limits),
         "created_s": plan.created_s,
@@ -119,9 +133,10 @@ def _show_plans(found: "Sequence[admin_pb2.Plan]", *, as_json: bool, document: d
         return
     rows = []
     for plan in found:
-        rows.append((plan.name, EVERY_MODEL, *limit_cells(plan.limits, "default"), time_text(plan.created_s)))
-        rows += [(plan.name, each.model, *limit_cells(each.limits, "-"), "") for each in plan.model_limits]
-    print_table(("plan", "model", *LIMITS.values(), "created"), rows)
+        cells = *standing_cells(plan.standing, "default")[:2], *limit_cells(plan.limits, "default")
+        rows.append((plan.name, EVERY_MODEL, *cells, time_text(plan.created_s)))
+        rows += [(plan.name, each.model, "", "", *limit_cells(each.limits, "-"), "") for each in plan.model_limits]
+    print_table(("plan", "model", *HEADINGS[:2], *LIMITS.values(), "created"), rows)
 
 
 def _show_prices(found: "admin_pb2.PriceList", *, as_json: bool) -> None:

@@ -21,7 +21,7 @@ from rempart_platform.tenancy.tenants import TenantRegistry
 from rempart_platform.tenancy.testing import RecordingObserver
 from rempart_platform.tenancy.usage import UsageReader
 from rempart_protos.v1 import admin_pb2 as pb
-from rempart_protos.v1 import admin_pb2_grpc
+from rempart_protos.v1 import admin_pb2_grpc, inference_pb2
 
 ADMIN_KEY = "an admin key that is long enough"
 HASHER = KeyHasher(b"a pepper of 16 bytes or more")
@@ -176,6 +176,40 @@ async def test_plans_prices_and_limits_of_models_and_keys(service: Service) -> N
     assert details["BadRequest"].field_violations[0].field == "unset"
 
 
+async def test_tenants_and_plans_have_a_standing(service: Service) -> None:
+    admin = service.admin
+    priority, flex = inference_pb2.SERVICE_TIER_PRIORITY, inference_pb2.SERVICE_TIER_FLEX
+    standing = pb.Standing(weight=4.0, max_tier=priority)
+    plan = await admin.SetPlan(pb.SetPlanRequest(name="gold", standing=standing), metadata=CREDENTIALS)
+    assert plan.standing == standing
+    unset = pb.SetPlanRequest(name="gold", unset=["weight", "concurrency"], limits=pb.TenantLimits(tokens_per_day=9))
+    plan = await admin.SetPlan(unset, metadata=CREDENTIALS)
+    assert (plan.standing, plan.limits.tokens_per_day) == (pb.Standing(max_tier=priority), 9)
+
+    own = pb.Standing(weight=0.5, cache_group="house")
+    created = await admin.CreateTenant(
+        pb.CreateTenantRequest(name="acme", plan="gold", standing=own), metadata=CREDENTIALS
+    )
+    assert created.standing == own, "what is inherited is not shown as its own"
+    change = pb.SetTenantStandingRequest(tenant="acme", standing=pb.Standing(max_tier=flex), unset=["cache_group"])
+    changed = await admin.SetTenantStanding(change, metadata=CREDENTIALS)
+    assert changed.standing == pb.Standing(weight=0.5, max_tier=flex)
+    assert list((await admin.ListTenants(pb.ListTenantsRequest(), metadata=CREDENTIALS)).tenants) == [changed]
+
+    no_tier = pb.Standing(max_tier=inference_pb2.SERVICE_TIER_UNSPECIFIED)
+    refused: list[tuple[str, Any, str]] = [
+        ("SetPlan", pb.SetPlanRequest(name="gold", standing=own), "standing.cache_group"),
+        ("SetPlan", pb.SetPlanRequest(name="new", standing=pb.Standing(weight=-1)), "standing.weight"),
+        ("CreateTenant", pb.CreateTenantRequest(name="new", standing=pb.Standing(weight=0)), "standing.weight"),
+        ("SetTenantStanding", pb.SetTenantStandingRequest(tenant="acme", unset=["plan"]), "unset"),
+        ("SetTenantStanding", pb.SetTenantStandingRequest(tenant="acme", standing=no_tier), "standing.max_tier"),
+    ]
+    for name, request, field in refused:
+        code, details = await _refused(getattr(admin, name)(request, metadata=CREDENTIALS))
+        assert (code, details["BadRequest"].field_violations[0].field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
+    assert len((await admin.ListPlans(pb.ListPlansRequest(), metadata=CREDENTIALS)).plans) == 1, "none was made"
+
+
 _CALLS: list[tuple[str, Any]] = [
     ("CreateTenant", pb.CreateTenantRequest(name="acme")),
     ("ListTenants", pb.ListTenantsRequest()),
@@ -186,6 +220,7 @@ _CALLS: list[tuple[str, Any]] = [
     ("GetUsage", pb.GetUsageRequest()),
     ("SetTenantPlan", pb.SetTenantPlanRequest(tenant="acme")),
     ("SetKeyLimits", pb.SetKeyLimitsRequest(key_id="0" * 16)),
+    ("SetTenantStanding", pb.SetTenantStandingRequest(tenant="acme")),
     ("SetPlan", pb.SetPlanRequest(name="gold")),
     ("ListPlans", pb.ListPlansRequest()),
     ("RemovePlan", pb.RemovePlanRequest(name="gold")),
@@ -239,6 +274,7 @@ async def test_errors_name_the_field_at_fault(service: Service) -> None:
         ("RevokeKey", pb.RevokeKeyRequest(key_id="0" * 16)),
         ("GetUsage", pb.GetUsageRequest(tenant="nobody")),
         ("SetTenantPlan", pb.SetTenantPlanRequest(tenant="nobody")),
+        ("SetTenantStanding", pb.SetTenantStandingRequest(tenant="nobody")),
         ("CreateTenant", pb.CreateTenantRequest(name="acme", plan="none")),
         ("SetKeyLimits", pb.SetKeyLimitsRequest(key_id="0" * 16)),
         ("RemovePlan", pb.RemovePlanRequest(name="none")),

@@ -64,6 +64,11 @@ def test_a_tenants_life(cli: Cli, platform: PlatformUnderTest) -> None:
     assert changed in tenants
     assert "demo" in [tenant["name"] for tenant in tenants]
 
+    stood = cli("tenant", "set", "acme", "--weight", "2.5", "--max-tier", "flex", "--cache-group", "house")
+    assert (stood["weight"], stood["max_tier"], stood["cache_group"]) == (2.5, "flex", "house")
+    stood = cli("tenant", "set", "acme", "--unset", "cache-group", "--unset", "max-tier")
+    assert (stood["weight"], stood["max_tier"], stood["cache_group"]) == (2.5, None, None)
+
     issued = cli("key", "issue", "acme")
     (listed,) = cli("key", "list", "acme")["keys"]
     assert listed["key_id"] == issued["key_id"]
@@ -86,6 +91,8 @@ def test_plans_prices_budgets_and_keys(cli: Cli, platform: PlatformUnderTest) ->
     assert plan["limits"] == {**dict.fromkeys(LIMITS), "tokens_per_day": 1000, "money_per_month": "12.50"}
     plan = cli("tenant", "plan", "set", "gold", "--model", "smol", "--concurrent-tokens", "2000", "--concurrency", "3")
     plan = cli("tenant", "plan", "set", "gold", "--model", "smol", "--unset", "concurrency")
+    plan = cli("tenant", "plan", "set", "gold", "--weight", "4", "--max-tier", "priority")
+    assert (plan["weight"], plan["max_tier"]) == (4.0, "priority")
     assert plan["models"] == {"smol": {**dict.fromkeys(LIMITS), "concurrent_tokens": 2000}}
     assert cli("tenant", "plan", "list") == {"plans": [plan]}
     assert cli("tenant", "create", "payer", "--plan", "gold")["plan"] == "gold"

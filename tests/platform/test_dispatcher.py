@@ -21,6 +21,7 @@ from rempart_platform.generation import (
     FinishReason,
     GenerationEvent,
     GenerationRequest,
+    Standing,
     Usage,
 )
 from rempart_platform.metrics import RouterMetrics
@@ -377,7 +378,7 @@ async def test_equal_engines_share_the_requests() -> None:
 
 async def test_the_engine_gets_a_salt_of_the_tenant_and_its_key() -> None:
     salts = {
-        cache_salt(secret, tenant, key)
+        cache_salt(secret, Caller(tenant, "key"), key)
         for secret in (b"1", b"2")
         for tenant, key in (("a", ""), ("a", "k"), ("b", ""), ("ak", ""))
     }
@@ -385,9 +386,27 @@ async def test_the_engine_gets_a_salt_of_the_tenant_and_its_key() -> None:
     async with rig(FakeEngine()) as r:
         await r.run(request(prompt_cache_key="k"))
         started = r.engines[0].started[0]
-        assert started.cache_salt == cache_salt(b"secret", "acme", "k")
+        assert started.cache_salt == cache_salt(b"secret", Caller("acme", "key"), "k")
         assert len(started.cache_salt) == 32
         assert 599 < started.timeout_s <= 600
+
+
+def test_tenants_of_a_cache_group_have_its_salt_and_no_other_has() -> None:
+    def salt(tenant: str, group: str = "", key: str = "") -> bytes:
+        return cache_salt(b"secret", Caller(tenant, "key", Standing(cache_group=group)), key)
+
+    assert salt("a", "g") == salt("b", "g")
+    assert salt("a", "g", "k") == salt("b", "g", "k")
+    apart = [
+        salt("a", "g"),
+        salt("a", "g", "k"),
+        salt("a", "h"),
+        salt("a"),
+        salt("g"),
+        salt("group"),
+        salt("group", "", "g"),
+    ]
+    assert len(set(apart)) == len(apart)
 
 
 async def test_the_log_line_has_counts_and_no_text(caplog: pytest.LogCaptureFixture) -> None:

@@ -31,7 +31,6 @@ from rempart_platform.tenancy.queue_testing import RecordingQueueObserver
 from rempart_platform.tenancy.queue_values import Place, QueueConfig, QueueRequest, QueueSnapshot
 from rempart_platform.tenancy.redis_client import RedisClient, RedisConfig, connect_redis
 from rempart_platform.tenancy.testing import own_redis
-from rempart_platform.tenancy.weights import TenantWeights
 
 MODEL = "vendor/{model}"
 CONFIG = QueueConfig(lease_s=3600.0, capacity_s=3600.0, ageing_s=3600.0)
@@ -493,25 +492,6 @@ async def test_random_histories_keep_the_counts_true(redis: RedisClient, observe
     assert held(await queues[0].snapshot(MODEL)) == (0, 0, 0)
     left = {str(key).rpartition(":queue:")[2] for key in await redis.call(lambda each: each.keys("*"))}
     assert {name for name in left if not name.startswith(("inbox", "idle"))} == {"state", "routers", "service"}
-
-
-@pytest.mark.parametrize(
-    ("stored", "weight"), [("4", 4.0), ("0.5", 0.5), ("0", 1.0), ("-1", 1.0), ("inf", 1.0), ("x", 1.0), (None, 1.0)]
-)
-async def test_a_weight_is_a_positive_number_or_1(redis: RedisClient, stored: str | None, weight: float) -> None:
-    if stored is not None:
-        await redis.write_hash("rempart:{acme}:tenant", {"weight": stored})
-    assert await TenantWeights(redis, 60.0, time.monotonic).of("acme") == weight
-
-
-async def test_a_weight_is_read_again_when_it_is_old(redis: RedisClient) -> None:
-    now_s = 0.0
-    weights = TenantWeights(redis, 5.0, lambda: now_s)
-    assert await weights.of("acme") == 1.0
-    await redis.write_hash("rempart:{acme}:tenant", {"weight": "3"})
-    assert await weights.of("acme") == 1.0
-    now_s = 5.0
-    assert await weights.of("acme") == 3.0
 
 
 def test_keys_lie_in_one_slot_of_a_cluster_whatever_the_models_name() -> None:

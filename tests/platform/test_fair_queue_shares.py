@@ -9,7 +9,6 @@ import pytest
 from rempart_platform.endpoints.capacity import Capacity
 from rempart_platform.generation import ServiceTier, Usage
 from rempart_platform.tenancy.fair_queue import FairQueue
-from rempart_platform.tenancy.keyspace import TenantKeys
 from rempart_platform.tenancy.queue_testing import RecordingQueueObserver, SimulatedEngines, jain
 from rempart_platform.tenancy.queue_values import QueueConfig, QueueRequest
 from rempart_platform.tenancy.redis_client import RedisClient
@@ -49,6 +48,7 @@ class Load:
         *,
         overestimate: float = 1.0,
         service_tier: ServiceTier = ServiceTier.DEFAULT,
+        weight: float = 1.0,
     ) -> None:
         """One request, whose prompt has a length in that range, half of it cached at times."""
         num_prompt, num_output = self._rng.randint(*prompts), self._rng.randint(1, 400)
@@ -60,12 +60,9 @@ class Load:
             num_prompt_tokens=num_prompt,
             num_output_tokens=round(num_output * overestimate),
             service_tier=service_tier,
+            weight=weight,
         )
         await self._engines.ask(queue, request, usage, self._config.charge(usage))
-
-
-async def set_weight(redis: RedisClient, tenant: str, weight: float) -> None:
-    await redis.write_hash(TenantKeys(tenant).tenant, {"weight": str(weight)})
 
 
 def windows(engines: SimulatedEngines, length_s: float, step_s: float) -> Sequence[dict[str, float]]:
@@ -75,12 +72,11 @@ def windows(engines: SimulatedEngines, length_s: float, step_s: float) -> Sequen
 
 
 async def test_weights_of_4_to_1_hold_when_the_heavy_tenant_knows_one_router_only(redis: RedisClient) -> None:
-    await set_weight(redis, "heavy", 4)
     first, second = queues = queues_of(redis, 2)
     engines = SimulatedEngines(queues, MODEL, TOKENS_PER_S)
     load = Load(engines, seed=1)
     for number in range(600):
-        await load.bring(first, "heavy", (10, 2000), overestimate=3.0)
+        await load.bring(first, "heavy", (10, 2000), overestimate=3.0, weight=4.0)
         if number % 4 == 0:
             await load.bring(second if number % 8 else first, "light", (10, 2000))
     while engines.now_s < 70:

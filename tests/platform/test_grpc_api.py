@@ -82,6 +82,7 @@ async def test_a_chat_is_admitted_streamed_finished_and_charged() -> None:
     request = dispatcher.requests[0]
     assert events[0].admitted.request_id == request.request_id == initial["x-request-id"]
     assert events[0].admitted.model == MODEL
+    assert events[0].admitted.service_tier == inference_pb2.SERVICE_TIER_DEFAULT
     assert [event.delta.text for event in events[1:3]] == ["h", "é"]
     assert list(events[1].delta.token_ids) == [ord("h")]
     assert events[3].finished.reason == sampling_pb2.FINISH_REASON_STOP

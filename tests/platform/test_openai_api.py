@@ -70,6 +70,31 @@ async def test_a_chat_is_answered() -> None:
     assert int(raw.headers["openai-processing-ms"]) >= 0
 
 
+@pytest.mark.parametrize(
+    ("asked", "used"),
+    [(None, "default"), ("auto", "default"), ("priority", "default"), ("flex", "flex"), ("batch", "batch")],
+)
+async def test_the_tier_that_is_used_is_answered_everywhere(asked: str | None, used: str) -> None:
+    body = {"model": MODEL, "service_tier": asked}
+    chat, text = {**body, "messages": HI}, {**body, "prompt": "hi"}
+    dispatcher = FakeDispatcher(texts=["Paris"])
+    async with plain_client_of(dispatcher) as client:
+        for path, sent in (("/v1/chat/completions", chat), ("/v1/completions", text)):
+            whole = await client.post(path, json=sent)
+            streamed = await client.post(path, json={**sent, "stream": True})
+            chunks = [json.loads(event) for event in events_of(streamed.text)[:-1]]
+            assert whole.json()["service_tier"] == used
+            assert {chunk["service_tier"] for chunk in chunks} == {used}
+    assert {request.service_tier.name.lower() for request in dispatcher.requests} == {used}
+
+
+async def test_a_tier_that_there_is_not_is_refused() -> None:
+    async with plain_client_of(FakeDispatcher()) as client:
+        body = {"model": MODEL, "messages": HI, "service_tier": "best"}
+        answer = await client.post("/v1/chat/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "service_tier")
+
+
 async def test_a_chat_streams_role_text_end_and_usage() -> None:
     async with client_of(FakeDispatcher(texts=["né"], reason=FinishReason.LENGTH)) as client:
         stream = await client.chat.completions.create(

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from rempart_platform.generation import ServiceTier
 from rempart_platform.tenancy.limits import LimitChange, LimitSet, TenantLimits
 from rempart_platform.tenancy.money import format_money, format_price, parse_money, parse_price
 from rempart_platform.tenancy.plans import PlanRegistry
 from rempart_platform.tenancy.prices import ModelPrice, PriceList, PriceRegistry
 from rempart_platform.tenancy.redis_client import RedisClient
-from rempart_platform.tenancy.seed import Seed, SeedError, TenantSeed, apply_seed, read_seed
+from rempart_platform.tenancy.seed import PlanSeed, Seed, SeedError, TenantSeed, apply_seed, read_seed
+from rempart_platform.tenancy.standing import OwnStanding
 from rempart_platform.tenancy.tenants import TenantRegistry
 from rempart_platform.tenancy.testing import own_redis
 
@@ -19,12 +21,16 @@ TEXT = """
 [plans.gold]
 requests_per_minute = 60
 money_per_month = "250.00"
+weight = 4
+max_tier = "priority"
 [plans.gold.models."some model"]
 concurrent_tokens = 100_000
 
 [tenants.acme]
 plan = "gold"
 concurrency = 4
+weight = 0.5
+cache_group = "house"
 [tenants.acme.models.small]
 tokens_per_day = 0
 
@@ -37,12 +43,21 @@ output = 1
 """
 SEED = Seed(
     {
-        "gold": LimitSet(
-            TenantLimits(requests_per_minute=60, money_per_month=250 * 10**9),
-            {"some model": TenantLimits(concurrent_tokens=100_000)},
+        "gold": PlanSeed(
+            LimitSet(
+                TenantLimits(requests_per_minute=60, money_per_month=250 * 10**9),
+                {"some model": TenantLimits(concurrent_tokens=100_000)},
+            ),
+            OwnStanding(weight=4.0, max_tier=ServiceTier.PRIORITY),
         )
     },
-    {"acme": TenantSeed("gold", LimitSet(TenantLimits(concurrency=4), {"small": TenantLimits(tokens_per_day=0)}))},
+    {
+        "acme": TenantSeed(
+            "gold",
+            LimitSet(TenantLimits(concurrency=4), {"small": TenantLimits(tokens_per_day=0)}),
+            OwnStanding(weight=0.5, cache_group="house"),
+        )
+    },
     PriceList("EUR", {"some model": ModelPrice(270, 70, 1000)}),
 )
 
@@ -77,6 +92,11 @@ def test_toml_and_json_say_the_same(tmp_path: Path) -> None:
         ("[plans.gold]\nconcurrency = true", "plans.gold.concurrency must be a whole number"),
         ("[plans.gold]\nconcurrency = -1", "plans.gold: 'concurrency' must be between"),
         ("[plans.gold]\nmoney_per_day = 'much'", "plans.gold.money_per_day: 'much' is no amount"),
+        ("[plans.gold]\nweight = 'heavy'", "plans.gold.weight must be a number"),
+        ("[plans.gold]\nweight = 0", "plans.gold: 'weight' must be between"),
+        ("[plans.gold]\ncache_group = 'house'", "plans.gold has no 'cache_group'"),
+        ("[tenants.a]\nmax_tier = 'best'", "tenants.a.max_tier must be one of priority, default"),
+        ("[tenants.a]\ncache_group = 'A B'", "tenants.a: 'cache_group' has 1 to 63"),
         ("[tenants.a.models.m]\nplan = 'x'", "tenants.a.models.m has no 'plan'"),
         ("[prices.models.m]\ninput = '0.0001'", "at most three decimals"),
         ("[prices.models.m]\ninput = 1\ncached = 2", "cannot cost more"),
@@ -93,9 +113,11 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, message: st
 async def test_seed_makes_what_it_says_and_a_restart_changes_nothing(redis: RedisClient) -> None:
     plans, tenants, prices = PlanRegistry(redis), TenantRegistry(redis), PriceRegistry(redis)
     await asyncio.gather(apply_seed(redis, SEED), apply_seed(redis, SEED))
-    assert (await plans.get("gold")).limits == SEED.plans["gold"]
+    gold = await plans.get("gold")
+    assert PlanSeed(gold.limits, gold.standing) == SEED.plans["gold"]
     acme = await tenants.get("acme")
     assert (acme.plan, acme.limits) == ("gold", TenantLimits(concurrency=4))
+    assert acme.standing == OwnStanding(weight=0.5, cache_group="house")
     assert acme.of_models == {"small": TenantLimits(tokens_per_day=0)}
     assert await prices.read() == SEED.prices
 
@@ -118,6 +140,7 @@ async def test_changed_entry_is_put_in_force_whole_and_no_other(redis: RedisClie
     await apply_seed(redis, Seed(SEED.plans, changed, SEED.prices))
     acme = await tenants.get("acme")
     assert (acme.plan, acme.limits, acme.of_models) == ("", TenantLimits(tokens_per_minute=5), {})
+    assert acme.standing == OwnStanding()
     assert (await plans.get("gold")).limits.own.concurrency == 9
     assert (await tenants.get("old")).limits == TenantLimits(concurrency=1)
 

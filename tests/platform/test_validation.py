@@ -11,7 +11,7 @@ from rempart_platform import validation
 from rempart_platform.apis.testing import CALLER, tiny_model
 from rempart_platform.chat.message import Conversation, Message
 from rempart_platform.errors import ErrorKind, RempartError
-from rempart_platform.generation import GenerationRequest
+from rempart_platform.generation import GenerationRequest, ServiceTier, Standing
 from rempart_platform.models import ModelCatalog, ServedModel
 from rempart_platform.request_limits import RequestLimits
 from rempart_platform.validation import Arrival
@@ -59,6 +59,40 @@ async def test_a_valid_request_is_complete() -> None:
     assert request.sampling.temperature == 0.0
     assert request.num_choices == 2
     assert (request.request_id, request.created_s, request.timeout_s) == ("r1", 5, 12.0)
+
+
+@pytest.mark.parametrize(
+    ("max_tier", "asked", "used"),
+    [
+        (ServiceTier.DEFAULT, inference_pb2.SERVICE_TIER_UNSPECIFIED, ServiceTier.DEFAULT),
+        (ServiceTier.DEFAULT, inference_pb2.SERVICE_TIER_PRIORITY, ServiceTier.DEFAULT),
+        (ServiceTier.DEFAULT, inference_pb2.SERVICE_TIER_BATCH, ServiceTier.BATCH),
+        (ServiceTier.PRIORITY, inference_pb2.SERVICE_TIER_UNSPECIFIED, ServiceTier.DEFAULT),
+        (ServiceTier.PRIORITY, inference_pb2.SERVICE_TIER_PRIORITY, ServiceTier.PRIORITY),
+        (ServiceTier.FLEX, inference_pb2.SERVICE_TIER_UNSPECIFIED, ServiceTier.FLEX),
+        (ServiceTier.FLEX, inference_pb2.SERVICE_TIER_DEFAULT, ServiceTier.FLEX),
+    ],
+)
+async def test_a_tier_is_used_as_far_as_the_tenant_may(
+    max_tier: ServiceTier, asked: inference_pb2.ServiceTier, used: ServiceTier
+) -> None:
+    arrival = replace(ARRIVAL, caller=replace(CALLER, standing=Standing(max_tier=max_tier)))
+    options = inference_pb2.GenerationOptions(service_tier=asked)
+    assert (await complete(options=options, arrival=arrival)).service_tier is used
+
+
+async def test_a_tier_that_there_is_not_is_refused() -> None:
+    options = inference_pb2.GenerationOptions()
+    options.ParseFromString(b"\x30\x63")  # field 6 = 99, which no client of today's protos could say
+    with pytest.raises(RempartError) as raised:
+        await complete(options=options)
+    assert raised.value.param == "service_tier"
+
+
+def test_the_protos_number_tiers_as_the_queue_does() -> None:
+    assert {f"SERVICE_TIER_{tier.name}": tier.value for tier in ServiceTier} == {
+        name: number for name, number in inference_pb2.ServiceTier.items() if number
+    }
 
 
 async def test_defaults_and_deadlines_are_bounded() -> None:

@@ -9,12 +9,15 @@ from typing import Any, TypeAlias
 import grpc
 
 from rempart_platform.apis.grpc_errors import error_status
+from rempart_platform.apis.grpc_render import tier_message
 from rempart_platform.apis.services import bearer_token
 from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.generation import ServiceTier
 from rempart_platform.tenancy.api_keys import AdminAuthenticator, ApiKey, ApiKeyStore
 from rempart_platform.tenancy.limits import LIMITS, LimitChange
 from rempart_platform.tenancy.plans import Plan, PlanRegistry
 from rempart_platform.tenancy.prices import ModelPrice, PriceList, PriceRegistry
+from rempart_platform.tenancy.standing import STANDING, OwnStanding, StandingChange
 from rempart_platform.tenancy.tenants import Tenant, TenantLimits, TenantRegistry
 from rempart_platform.tenancy.usage import UsageReader
 from rempart_protos.v1 import admin_pb2, admin_pb2_grpc
@@ -24,6 +27,7 @@ logger = logging.getLogger(__name__)
 # Any: one context type serves methods of all message types.
 _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 _MAX_LOGGED_CHARS = 63
+_TIER_NUMBERS = frozenset(int(tier) for tier in ServiceTier)
 
 
 class AdminServicer(admin_pb2_grpc.AdminServicer):
@@ -49,7 +53,8 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         async with self._act(context, "create_tenant", tenant=request.name):
             if request.plan:
                 await self._plans.get(request.plan)
-            return _tenant_message(await self._tenants.create(request.name, _limits(request.limits), request.plan))
+            limits, standing = _limits(request.limits), _standing(request.standing)
+            return _tenant_message(await self._tenants.create(request.name, limits, request.plan, standing))
 
     async def ListTenants(
         self, request: admin_pb2.ListTenantsRequest, context: _Context
@@ -61,6 +66,13 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     async def SetTenantLimits(self, request: admin_pb2.SetTenantLimitsRequest, context: _Context) -> admin_pb2.Tenant:
         async with self._act(context, "set_tenant_limits", tenant=request.tenant):
             change = LimitChange(_limits(request.limits), tuple(request.unset), request.model)
+            return _tenant_message(await self._tenants.change(request.tenant, change))
+
+    async def SetTenantStanding(
+        self, request: admin_pb2.SetTenantStandingRequest, context: _Context
+    ) -> admin_pb2.Tenant:
+        async with self._act(context, "set_tenant_standing", tenant=request.tenant):
+            change = StandingChange(_standing(request.standing), tuple(request.unset))
             return _tenant_message(await self._tenants.change(request.tenant, change))
 
     async def SetTenantPlan(self, request: admin_pb2.SetTenantPlanRequest, context: _Context) -> admin_pb2.Tenant:
@@ -120,8 +132,14 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
 
     async def SetPlan(self, request: admin_pb2.SetPlanRequest, context: _Context) -> admin_pb2.Plan:
         async with self._act(context, "set_plan", plan=request.name):
-            change = LimitChange(_limits(request.limits), tuple(request.unset), request.model)
-            return _plan_message(await self._plans.set(request.name, change))
+            if request.standing.HasField("cache_group"):
+                text = "A plan has no 'cache_group': who shares a cache is decided tenant by tenant."
+                raise RempartError(ErrorKind.INVALID_REQUEST, text, param="standing.cache_group")
+            of_standing = tuple(name for name in request.unset if name in STANDING)
+            of_limits = tuple(name for name in request.unset if name not in STANDING)
+            standing = StandingChange(_standing(request.standing), of_standing)
+            limits = LimitChange(_limits(request.limits), of_limits, request.model)
+            return _plan_message(await self._plans.set(request.name, limits, standing))
 
     async def ListPlans(self, request: admin_pb2.ListPlansRequest, context: _Context) -> admin_pb2.ListPlansResponse:
         async with self._act(context, "list_plans"):
@@ -184,6 +202,27 @@ def _limits(limits: admin_pb2.TenantLimits) -> TenantLimits:
     return TenantLimits(**{field.name: value for field, value in limits.ListFields()})
 
 
+def _standing(standing: admin_pb2.Standing) -> OwnStanding:
+    max_tier = None
+    if standing.HasField("max_tier"):
+        if standing.max_tier not in _TIER_NUMBERS:
+            text = "'max_tier' must be one of priority, default, flex, batch."
+            raise RempartError(ErrorKind.INVALID_REQUEST, text, param="standing.max_tier")
+        max_tier = ServiceTier(standing.max_tier)
+    return OwnStanding(
+        weight=standing.weight if standing.HasField("weight") else None,
+        max_tier=max_tier,
+        cache_group=standing.cache_group if standing.HasField("cache_group") else None,
+    )
+
+
+def _standing_message(standing: OwnStanding) -> admin_pb2.Standing:
+    message = admin_pb2.Standing(weight=standing.weight, cache_group=standing.cache_group)
+    if standing.max_tier is not None:
+        message.max_tier = tier_message(standing.max_tier)
+    return message
+
+
 def _limits_message(limits: TenantLimits) -> admin_pb2.TenantLimits:
     return admin_pb2.TenantLimits(**limits.only_set())
 
@@ -199,13 +238,17 @@ def _tenant_message(tenant: Tenant) -> admin_pb2.Tenant:
         created_s=tenant.created_s,
         plan=tenant.plan,
         model_limits=_model_messages(tenant.of_models),
+        standing=_standing_message(tenant.standing),
     )
 
 
 def _plan_message(plan: Plan) -> admin_pb2.Plan:
     models = _model_messages(plan.limits.of_models)
     limits = _limits_message(plan.limits.own)
-    return admin_pb2.Plan(name=plan.name, limits=limits, model_limits=models, created_s=plan.created_s)
+    standing = _standing_message(plan.standing)
+    return admin_pb2.Plan(
+        name=plan.name, limits=limits, model_limits=models, created_s=plan.created_s, standing=standing
+    )
 
 
 def _key_message(key: ApiKey, tenant: Tenant) -> admin_pb2.ApiKey:

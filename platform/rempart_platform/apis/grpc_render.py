@@ -3,7 +3,7 @@
 from typing import Final
 
 from rempart_platform import generation
-from rempart_platform.generation import Delta, Finished, FinishReason, GenerationEvent, GenerationRequest
+from rempart_platform.generation import Delta, Finished, FinishReason, GenerationEvent, GenerationRequest, ServiceTier
 from rempart_protos.v1 import inference_pb2, sampling_pb2
 
 _REASONS: Final = {
@@ -11,12 +11,28 @@ _REASONS: Final = {
     FinishReason.LENGTH: sampling_pb2.FINISH_REASON_LENGTH,
     FinishReason.TOOL_CALLS: sampling_pb2.FINISH_REASON_TOOL_CALLS,
 }
+_TIERS: Final = {
+    ServiceTier.PRIORITY: inference_pb2.SERVICE_TIER_PRIORITY,
+    ServiceTier.DEFAULT: inference_pb2.SERVICE_TIER_DEFAULT,
+    ServiceTier.FLEX: inference_pb2.SERVICE_TIER_FLEX,
+    ServiceTier.BATCH: inference_pb2.SERVICE_TIER_BATCH,
+}
+
+
+def tier_message(service_tier: ServiceTier) -> inference_pb2.ServiceTier:
+    """The same, as `rempart.v1` has it."""
+    return _TIERS[service_tier]
 
 
 def admitted(request: GenerationRequest) -> inference_pb2.GenerationEvent:
     """The first element of every stream."""
     return inference_pb2.GenerationEvent(
-        admitted=inference_pb2.Admitted(request_id=request.request_id, model=request.model, created_s=request.created_s)
+        admitted=inference_pb2.Admitted(
+            request_id=request.request_id,
+            model=request.model,
+            created_s=request.created_s,
+            service_tier=tier_message(request.service_tier),
+        )
     )
 
 

@@ -65,6 +65,7 @@ class Chunk(msgspec.Struct):
     created: int
     model: str
     system_fingerprint: str
+    service_tier: str
     choices: list[ChunkChoice]
     usage: Usage | UnsetType | None = UNSET
 
@@ -102,6 +103,7 @@ class Completion(msgspec.Struct):
     created: int
     model: str
     system_fingerprint: str
+    service_tier: str
     choices: list[Choice]
     usage: Usage
 

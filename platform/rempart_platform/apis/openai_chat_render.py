@@ -69,6 +69,7 @@ class ChatRenderer:
                 context.created_s,
                 context.model,
                 context.fingerprint,
+                context.service_tier,
                 choices,
                 usage if context.include_usage else UNSET,
             )
@@ -84,6 +85,7 @@ class ChatRenderer:
             context.created_s,
             context.model,
             context.fingerprint,
+            context.service_tier,
             [self._whole_choice(end, events) for end in sorted(finished, key=lambda end: end.choice)],
             Usage.of(usage),
         )

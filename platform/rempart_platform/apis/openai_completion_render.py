@@ -31,6 +31,7 @@ class Completion(msgspec.Struct):
     created: int
     model: str
     system_fingerprint: str
+    service_tier: str
     choices: list[Choice]
     usage: Usage | UnsetType | None = UNSET
 
@@ -62,6 +63,7 @@ class CompletionRenderer:
             context.created_s,
             context.model,
             context.fingerprint,
+            context.service_tier,
             choices,
             usage,
         )

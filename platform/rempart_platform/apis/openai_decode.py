@@ -20,7 +20,6 @@ _HARMLESS: Final = frozenset(
         "prompt_cache_options",
         "prompt_cache_retention",
         "safety_identifier",
-        "service_tier",
         "spaces_between_special_tokens",
         "store",
     }

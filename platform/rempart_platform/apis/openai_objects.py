@@ -50,6 +50,8 @@ class RenderContext:
     created_s: int
     model: str
     fingerprint: str
+    service_tier: str
+    """The one that is used, which may be lower than the one that was asked for."""
     silent_token_ids: frozenset[int]
     include_usage: bool
 
@@ -60,6 +62,7 @@ class RenderContext:
             created_s=request.created_s,
             model=request.model,
             fingerprint=fingerprint(model),
+            service_tier=request.service_tier.name.lower(),
             silent_token_ids=frozenset((*model.eos_token_ids, *request.sampling.stop_token_ids)),
             include_usage=include_usage,
         )

@@ -21,6 +21,15 @@ from rempart_platform.apis.openai_conversation import (
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_protos.v1 import inference_pb2, sampling_pb2
 
+_TIERS = {
+    "auto": inference_pb2.SERVICE_TIER_UNSPECIFIED,
+    "default": inference_pb2.SERVICE_TIER_DEFAULT,
+    "flex": inference_pb2.SERVICE_TIER_FLEX,
+    "priority": inference_pb2.SERVICE_TIER_PRIORITY,
+    "batch": inference_pb2.SERVICE_TIER_BATCH,
+}
+"""OpenAI's names; batch beside them, which OpenAI has for batch jobs alone."""
+
 UInt32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
 
@@ -53,6 +62,7 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     prompt_cache_key: str | None = None
     user: str | None = None
+    service_tier: str | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -159,7 +169,16 @@ def _options(body: GenerationBody) -> inference_pb2.GenerationOptions:
         include_stop=bool(body.include_stop_str_in_output),
         prompt_cache_key=body.prompt_cache_key or "",
         user=body.user or "",
+        service_tier=_service_tier(body.service_tier),
     )
+
+
+def _service_tier(name: str | None) -> inference_pb2.ServiceTier:
+    if name is None:
+        return inference_pb2.SERVICE_TIER_UNSPECIFIED
+    if name not in _TIERS:
+        raise _invalid(f"'service_tier' must be one of {', '.join(map(repr, _TIERS))}.", "service_tier")
+    return _TIERS[name]
 
 
 def _set_prompt(request: inference_pb2.CompleteRequest, prompt: str | list[str | int | list[int]]) -> None:

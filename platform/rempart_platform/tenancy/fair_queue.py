@@ -35,7 +35,6 @@ from rempart_platform.tenancy.queue_values import (
     QueueSnapshot,
 )
 from rempart_platform.tenancy.redis_client import RedisAwayError, RedisClient, ScriptReply
-from rempart_platform.tenancy.weights import TenantWeights
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +79,6 @@ class _Entry:
     """A request of this router that is not granted yet."""
 
     request: QueueRequest
-    weight: float
     entered_s: float
     granted: asyncio.Future[Place]
     is_waiting: bool = False
@@ -135,7 +133,6 @@ class FairQueue:
         self._capacity = capacity
         self._clock = clock
         self._router = router if router is not None else secrets.token_hex(8)
-        self._weights = TenantWeights(redis, config.weight_memory_s, clock)
         self._rooms: dict[str, _Room] = {}
         self._endings: set[asyncio.Task[None]] = set()
         self._tasks: asyncio.TaskGroup | None = None
@@ -182,8 +179,7 @@ class FairQueue:
         """
         room = self._room(request.model)
         try:
-            weight = await self._weights.of(request.tenant)
-            entry = _Entry(request, weight, self._clock(), asyncio.get_running_loop().create_future())
+            entry = _Entry(request, self._clock(), asyncio.get_running_loop().create_future())
             room.entries[request.request_id] = entry
             try:
                 reply = await self._enter(room, entry)
@@ -320,7 +316,7 @@ class FairQueue:
     async def _restore(self, room: _Room) -> None:
         """Tells Redis what it forgot of this router, or swept while it heard nothing from here."""
         for place in tuple(room.places.values()):
-            args = self._args(place.request, place.weight)
+            args = self._args(place.request)
             await self._run(room, RESTORE, *args, place.fence)
         for entry in [entry for entry in room.entries.values() if entry.is_waiting]:
             if entry.granted.done():
@@ -342,7 +338,7 @@ class FairQueue:
             return  # the list of grants was quicker than the answer
         self._stop_waiting(room, entry)
         waited_s = self._clock() - entry.entered_s
-        place = Place(entry.request, entry.weight, fence, waited_s)
+        place = Place(entry.request, fence, waited_s)
         room.places[request_id] = place
         self._observer.granted(entry.request.tenant, room.model, waited_s)
         if not entry.granted.done():
@@ -423,13 +419,13 @@ class FairQueue:
         config, request = self._config, entry.request
         left_s = max(request.timeout_s - (self._clock() - entry.entered_s), 0.0)
         limits = (2**53, 2**53) if is_restored else (config.max_waiting, config.max_waiting_per_tenant)
-        args = self._args(request, entry.weight)
+        args = self._args(request)
         return (*args, _microseconds(left_s), *self._seen(request.model), _microseconds(config.ageing_s), *limits)
 
-    def _args(self, request: QueueRequest, weight: float) -> tuple[str | int | float, ...]:
+    def _args(self, request: QueueRequest) -> tuple[str | int | float, ...]:
         usage = Usage(request.num_prompt_tokens, request.num_output_tokens)
         charge = self._config.charge(usage)
-        flow = (int(request.service_tier), request.tenant, weight, charge)
+        flow = (int(request.service_tier), request.tenant, request.weight, charge)
         return (request.request_id, self._router, *flow, request.num_rows, request.num_tokens)
 
     def _seen(self, model: str) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Plans: named sets of limits that tenants inherit."""
+"""Plans: named sets of limits, and a standing, that tenants inherit."""
 
 import re
 import time
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.tenancy.keyspace import PLANS, plan_record
-from rempart_platform.tenancy.limits import LimitChange, LimitSet
+from rempart_platform.tenancy.limits import LimitSet
 from rempart_platform.tenancy.redis_client import RedisClient
+from rempart_platform.tenancy.standing import OwnStanding, RecordChange
 
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
 
@@ -20,6 +21,7 @@ class Plan:
     name: str
     limits: LimitSet
     created_s: int
+    standing: OwnStanding = OwnStanding()
 
 
 class PlanRegistry:
@@ -33,7 +35,7 @@ class PlanRegistry:
         self._redis = redis
         self._clock = clock
 
-    async def set(self, name: str, *changes: LimitChange) -> Plan:
+    async def set(self, name: str, *changes: RecordChange) -> Plan:
         """Changes a plan, or makes it first."""
         _check_name(name)
         fields = [field for change in changes for field in change.removed()]
@@ -55,7 +57,9 @@ class PlanRegistry:
 
     async def find(self, name: str) -> Plan | None:
         stored = await self._redis.read_hash(plan_record(name)) if _NAME.fullmatch(name) else {}
-        return Plan(name, LimitSet.parse(stored), int(stored["created_s"])) if "created_s" in stored else None
+        if "created_s" not in stored:
+            return None
+        return Plan(name, LimitSet.parse(stored), int(stored["created_s"]), OwnStanding.parse(stored))
 
     async def list(self) -> tuple[Plan, ...]:
         """All plans, in order of name."""

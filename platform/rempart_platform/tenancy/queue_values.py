@@ -34,8 +34,6 @@ class QueueConfig:
     """For how long what a router saw of the engines' room counts."""
     block_s: float = 0.1
     """How long one question for grants waits at Redis, and at most half of the time-out there."""
-    weight_memory_s: float = 5.0
-    """How late a change of a tenant's weight is noticed."""
     drain_s: float = 2.0
     """For how long endings under way hold up a router that stops."""
     capacity: CapacityRules = CapacityRules()
@@ -64,6 +62,8 @@ class QueueRequest:
     num_rows: int = 1
     timeout_s: float = 600.0
     service_tier: ServiceTier = ServiceTier.DEFAULT
+    weight: float = 1.0
+    """The tenant's."""
 
     @property
     def num_tokens(self) -> int:
@@ -75,7 +75,6 @@ class Place:
     """A request's place in the engines of its model, until it is released."""
 
     request: QueueRequest
-    weight: float
     fence: int
     """Grows with every grant of the model."""
     waited_s: float

@@ -3,12 +3,16 @@
     [plans.gold]
     requests_per_minute = 60
     money_per_month = "250.00"
+    weight = 4                                  # share of the engines, where 1 is usual
+    max_tier = "priority"                       # the highest service tier; "default" is usual
     [plans.gold.models."deepseek-v3.2"]
     concurrent_tokens = 100_000
 
     [tenants.acme]
     plan = "gold"
     concurrency = 4
+    cache_group = "acme-group"                  # shares its prefix cache with the group's others: they can notice
+                                                # by the time what was asked lately. Usual is none
 
     [prices]
     currency = "EUR"
@@ -38,6 +42,7 @@ from rempart_platform.tenancy.money import parse_money, parse_price
 from rempart_platform.tenancy.plans import PlanRegistry
 from rempart_platform.tenancy.prices import ModelPrice, PriceList, PriceRegistry
 from rempart_platform.tenancy.redis_client import RedisAwayError, RedisClient
+from rempart_platform.tenancy.standing import STANDING, TIERS, OwnStanding, StandingChange
 from rempart_platform.tenancy.tenants import TenantRegistry
 
 _PRICES_OF = ("input", "cached", "output")
@@ -48,18 +53,35 @@ class SeedError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class PlanSeed:
+    """A plan as the file has it."""
+
+    limits: LimitSet
+    standing: OwnStanding = OwnStanding()
+
+    def written(self) -> dict[str, object]:
+        """All that it says."""
+        return {**self.limits.written(), **self.standing.written()}
+
+
+@dataclass(frozen=True, slots=True)
 class TenantSeed:
     """A tenant as the file has it."""
 
     plan: str
     limits: LimitSet
+    standing: OwnStanding = OwnStanding()
+
+    def written(self) -> list[object]:
+        """All that it says."""
+        return [self.plan, {**self.limits.written(), **self.standing.written()}]
 
 
 @dataclass(frozen=True, slots=True)
 class Seed:
     """A file."""
 
-    plans: Mapping[str, LimitSet]
+    plans: Mapping[str, PlanSeed]
     tenants: Mapping[str, TenantSeed]
     prices: PriceList
 
@@ -79,7 +101,7 @@ def read_seed(path: Path) -> Seed:
     plans = _tables(root, "plans")
     tenants = _tables(root, "tenants")
     return Seed(
-        {name: _limit_set(entry, f"plans.{name}", set()) for name, entry in plans.items()},
+        {name: _plan(entry, f"plans.{name}") for name, entry in plans.items()},
         {name: _tenant(entry, f"tenants.{name}") for name, entry in tenants.items()},
         _prices(root.get("prices", {})),
     )
@@ -112,20 +134,20 @@ async def _apply(redis: RedisClient, seed: Seed) -> None:
             await put_in_force()
             await redis.write_hash(SEEDS, {entry: digest})
 
-    for name, limits in seed.plans.items():
-        await once(f"plan {name}", limits.written(), partial(_apply_plan, plans, name, limits))
+    for name, plan in seed.plans.items():
+        await once(f"plan {name}", plan.written(), partial(_apply_plan, plans, name, plan))
     for name, tenant in seed.tenants.items():
-        said = [tenant.plan, tenant.limits.written()]
-        await once(f"tenant {name}", said, partial(_apply_tenant, tenants, plans, name, tenant))
+        await once(f"tenant {name}", tenant.written(), partial(_apply_tenant, tenants, plans, name, tenant))
     if seed.prices != PriceList():
         prices = {model: [price.input, price.cached, price.output] for model, price in seed.prices.of_models.items()}
         said = [seed.prices.currency, prices]
         await once("prices", said, partial(_apply_prices, PriceRegistry(redis), seed.prices))
 
 
-async def _apply_plan(plans: PlanRegistry, name: str, limits: LimitSet) -> None:
+async def _apply_plan(plans: PlanRegistry, name: str, seed: PlanSeed) -> None:
     plan = await plans.find(name)
-    await plans.set(name, *_changes(limits, plan.limits if plan is not None else LimitSet()))
+    stored = plan.limits if plan is not None else LimitSet()
+    await plans.set(name, *_changes(seed.limits, stored), _standing_change(seed.standing))
 
 
 async def _apply_tenant(tenants: TenantRegistry, plans: PlanRegistry, name: str, seed: TenantSeed) -> None:
@@ -137,7 +159,8 @@ async def _apply_tenant(tenants: TenantRegistry, plans: PlanRegistry, name: str,
         if error.kind is not ErrorKind.ALREADY_EXISTS:
             raise
     tenant = await tenants.get(name)
-    await tenants.change(name, *_changes(seed.limits, LimitSet(tenant.limits, tenant.of_models)))
+    changes = _changes(seed.limits, LimitSet(tenant.limits, tenant.of_models))
+    await tenants.change(name, *changes, _standing_change(seed.standing))
     await tenants.set_plan(name, seed.plan)
 
 
@@ -158,9 +181,38 @@ def _changes(wanted: LimitSet, stored: LimitSet) -> list[LimitChange]:
     return changes
 
 
+def _standing_change(wanted: OwnStanding) -> StandingChange:
+    """What makes the wanted standing of whatever is stored."""
+    return StandingChange(wanted, tuple(name for name in STANDING if name not in wanted.written()))
+
+
+def _plan(entry: object, where: str) -> PlanSeed:
+    names = {"weight", "max_tier"}
+    return PlanSeed(_limit_set(entry, where, names), _standing(_table(entry, where, None), where))
+
+
 def _tenant(entry: object, where: str) -> TenantSeed:
-    table = _table(entry, where, {"plan", "models", *LIMITS})
-    return TenantSeed(str(table.get("plan", "")), _limit_set(entry, where, {"plan"}))
+    limits = _limit_set(entry, where, {"plan", *STANDING})
+    table = _table(entry, where, None)
+    return TenantSeed(str(table.get("plan", "")), limits, _standing(table, where))
+
+
+def _standing(table: Mapping[str, object], where: str) -> OwnStanding:
+    weight, max_tier, group = (table.get(name) for name in STANDING)
+    if not isinstance(weight, int | float | None) or isinstance(weight, bool):
+        raise SeedError(f"{where}.weight must be a number")
+    if max_tier is not None and max_tier not in TIERS:
+        raise SeedError(f"{where}.max_tier must be one of {', '.join(TIERS)}")
+    standing = OwnStanding(
+        weight=None if weight is None else float(weight),
+        max_tier=None if max_tier is None else TIERS[str(max_tier)],
+        cache_group=None if group is None else str(group),
+    )
+    try:
+        StandingChange(standing)
+    except RempartError as error:
+        raise SeedError(f"{where}: {error.message}") from None
+    return standing
 
 
 def _limit_set(entry: object, where: str, others: set[str]) -> LimitSet:

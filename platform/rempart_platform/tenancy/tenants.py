@@ -10,6 +10,7 @@ from rempart_platform.tenancy.keyspace import TENANTS, TenantKeys
 from rempart_platform.tenancy.limits import MAX_LIMIT, LimitChange, LimitSet, TenantLimits
 from rempart_platform.tenancy.lua import load_script
 from rempart_platform.tenancy.redis_client import RedisClient
+from rempart_platform.tenancy.standing import OwnStanding, RecordChange, StandingChange
 
 __all__ = ["MAX_LIMIT", "Tenant", "TenantLimits", "TenantRegistry"]
 
@@ -30,6 +31,7 @@ class Tenant:
     """Limits of its use of single models."""
     of_keys: Mapping[str, TenantLimits] = field(default_factory=dict)
     """Limits of single keys, by key id."""
+    standing: OwnStanding = OwnStanding()
 
 
 class TenantRegistry:
@@ -45,13 +47,16 @@ class TenantRegistry:
         self._redis = redis
         self._clock = clock
 
-    async def create(self, name: str, limits: TenantLimits, plan: str = "") -> Tenant:
+    async def create(
+        self, name: str, limits: TenantLimits, plan: str = "", standing: OwnStanding | None = None
+    ) -> Tenant:
         """Makes a tenant. The caller has checked that the plan exists."""
         _check_name(name)
-        stored: dict[str, str | int] = dict(LimitChange(limits).written())
+        standing = standing or OwnStanding()
+        stored: dict[str, str | int] = {**LimitChange(limits).written(), **StandingChange(standing).written()}
         if plan:
             stored["plan"] = plan
-        tenant = Tenant(name, limits, int(self._clock()), plan)
+        tenant = Tenant(name, limits, int(self._clock()), plan, standing=standing)
         # Listed first and made second: a crash in between leaves a name that `list` skips and `create` may use.
         await self._redis.call(lambda redis: redis.sadd(TENANTS, name))
         arguments = [tenant.created_s, *(part for pair in stored.items() for part in pair)]
@@ -78,7 +83,7 @@ class TenantRegistry:
         """Changes the limits that are not None and keeps the others."""
         return await self.change(name, LimitChange(limits))
 
-    async def change(self, name: str, *changes: LimitChange) -> Tenant:
+    async def change(self, name: str, *changes: RecordChange) -> Tenant:
         """Changes what the changes name and keeps the rest."""
         await self.get(name)
         removed = [each for change in changes for each in change.removed()]
@@ -104,7 +109,8 @@ class TenantRegistry:
             return None
         limits = LimitSet.parse(stored)
         created_s, plan = int(stored["created_s"]), stored.get("plan", "")
-        return Tenant(name, limits.own, created_s, plan, limits.of_models, limits.of_keys)
+        standing = OwnStanding.parse(stored)
+        return Tenant(name, limits.own, created_s, plan, limits.of_models, limits.of_keys, standing)
 
 
 def _check_name(name: str, param: str = "name") -> None:

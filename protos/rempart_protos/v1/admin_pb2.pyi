@@ -1,3 +1,4 @@
+from rempart_protos.v1 import inference_pb2 as _inference_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -26,6 +27,16 @@ class TenantLimits(_message.Message):
     money_per_month: int
     def __init__(self, requests_per_minute: _Optional[int] = ..., tokens_per_minute: _Optional[int] = ..., concurrency: _Optional[int] = ..., concurrent_tokens: _Optional[int] = ..., tokens_per_day: _Optional[int] = ..., tokens_per_month: _Optional[int] = ..., money_per_day: _Optional[int] = ..., money_per_month: _Optional[int] = ...) -> None: ...
 
+class Standing(_message.Message):
+    __slots__ = ("weight", "max_tier", "cache_group")
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    MAX_TIER_FIELD_NUMBER: _ClassVar[int]
+    CACHE_GROUP_FIELD_NUMBER: _ClassVar[int]
+    weight: float
+    max_tier: _inference_pb2.ServiceTier
+    cache_group: str
+    def __init__(self, weight: _Optional[float] = ..., max_tier: _Optional[_Union[_inference_pb2.ServiceTier, str]] = ..., cache_group: _Optional[str] = ...) -> None: ...
+
 class ModelLimits(_message.Message):
     __slots__ = ("model", "limits")
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -35,28 +46,32 @@ class ModelLimits(_message.Message):
     def __init__(self, model: _Optional[str] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ...) -> None: ...
 
 class Tenant(_message.Message):
-    __slots__ = ("name", "limits", "created_s", "plan", "model_limits")
+    __slots__ = ("name", "limits", "created_s", "plan", "model_limits", "standing")
     NAME_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     CREATED_S_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     MODEL_LIMITS_FIELD_NUMBER: _ClassVar[int]
+    STANDING_FIELD_NUMBER: _ClassVar[int]
     name: str
     limits: TenantLimits
     created_s: int
     plan: str
     model_limits: _containers.RepeatedCompositeFieldContainer[ModelLimits]
-    def __init__(self, name: _Optional[str] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ..., created_s: _Optional[int] = ..., plan: _Optional[str] = ..., model_limits: _Optional[_Iterable[_Union[ModelLimits, _Mapping]]] = ...) -> None: ...
+    standing: Standing
+    def __init__(self, name: _Optional[str] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ..., created_s: _Optional[int] = ..., plan: _Optional[str] = ..., model_limits: _Optional[_Iterable[_Union[ModelLimits, _Mapping]]] = ..., standing: _Optional[_Union[Standing, _Mapping]] = ...) -> None: ...
 
 class CreateTenantRequest(_message.Message):
-    __slots__ = ("name", "limits", "plan")
+    __slots__ = ("name", "limits", "plan", "standing")
     NAME_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    STANDING_FIELD_NUMBER: _ClassVar[int]
     name: str
     limits: TenantLimits
     plan: str
-    def __init__(self, name: _Optional[str] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ..., plan: _Optional[str] = ...) -> None: ...
+    standing: Standing
+    def __init__(self, name: _Optional[str] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ..., plan: _Optional[str] = ..., standing: _Optional[_Union[Standing, _Mapping]] = ...) -> None: ...
 
 class ListTenantsRequest(_message.Message):
     __slots__ = ()
@@ -79,6 +94,16 @@ class SetTenantLimitsRequest(_message.Message):
     model: str
     unset: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, tenant: _Optional[str] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ..., model: _Optional[str] = ..., unset: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SetTenantStandingRequest(_message.Message):
+    __slots__ = ("tenant", "standing", "unset")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    STANDING_FIELD_NUMBER: _ClassVar[int]
+    UNSET_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    standing: Standing
+    unset: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, tenant: _Optional[str] = ..., standing: _Optional[_Union[Standing, _Mapping]] = ..., unset: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SetTenantPlanRequest(_message.Message):
     __slots__ = ("tenant", "plan")
@@ -189,28 +214,32 @@ class UsageRecord(_message.Message):
     def __init__(self, tenant: _Optional[str] = ..., model: _Optional[str] = ..., day: _Optional[str] = ..., requests: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., cost_nanos: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("name", "limits", "model_limits", "created_s")
+    __slots__ = ("name", "limits", "model_limits", "created_s", "standing")
     NAME_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     MODEL_LIMITS_FIELD_NUMBER: _ClassVar[int]
     CREATED_S_FIELD_NUMBER: _ClassVar[int]
+    STANDING_FIELD_NUMBER: _ClassVar[int]
     name: str
     limits: TenantLimits
     model_limits: _containers.RepeatedCompositeFieldContainer[ModelLimits]
     created_s: int
-    def __init__(self, name: _Optional[str] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ..., model_limits: _Optional[_Iterable[_Union[ModelLimits, _Mapping]]] = ..., created_s: _Optional[int] = ...) -> None: ...
+    standing: Standing
+    def __init__(self, name: _Optional[str] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ..., model_limits: _Optional[_Iterable[_Union[ModelLimits, _Mapping]]] = ..., created_s: _Optional[int] = ..., standing: _Optional[_Union[Standing, _Mapping]] = ...) -> None: ...
 
 class SetPlanRequest(_message.Message):
-    __slots__ = ("name", "limits", "model", "unset")
+    __slots__ = ("name", "limits", "model", "unset", "standing")
     NAME_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     UNSET_FIELD_NUMBER: _ClassVar[int]
+    STANDING_FIELD_NUMBER: _ClassVar[int]
     name: str
     limits: TenantLimits
     model: str
     unset: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ..., model: _Optional[str] = ..., unset: _Optional[_Iterable[str]] = ...) -> None: ...
+    standing: Standing
+    def __init__(self, name: _Optional[str] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ..., model: _Optional[str] = ..., unset: _Optional[_Iterable[str]] = ..., standing: _Optional[_Union[Standing, _Mapping]] = ...) -> None: ...
 
 class ListPlansRequest(_message.Message):
     __slots__ = ()

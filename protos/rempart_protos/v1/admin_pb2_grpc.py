@@ -80,6 +80,11 @@ class AdminStub:
                 request_serializer=rempart__protos_dot_v1_dot_admin__pb2.SetKeyLimitsRequest.SerializeToString,
                 response_deserializer=rempart__protos_dot_v1_dot_admin__pb2.ApiKey.FromString,
                 _registered_method=True)
+        self.SetTenantStanding = channel.unary_unary(
+                '/rempart.v1.Admin/SetTenantStanding',
+                request_serializer=rempart__protos_dot_v1_dot_admin__pb2.SetTenantStandingRequest.SerializeToString,
+                response_deserializer=rempart__protos_dot_v1_dot_admin__pb2.Tenant.FromString,
+                _registered_method=True)
         self.SetPlan = channel.unary_unary(
                 '/rempart.v1.Admin/SetPlan',
                 request_serializer=rempart__protos_dot_v1_dot_admin__pb2.SetPlanRequest.SerializeToString,
@@ -174,8 +179,15 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetTenantStanding(self, request, context):
+        """Changes what is set of a tenant's standing and keeps the rest. In force everywhere within 5 seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SetPlan(self, request, context):
-        """Makes a plan, or changes the limits that are set in the request. In force everywhere within 5 seconds.
+        """Makes a plan, or changes the limits and the standing that are set in the request. In force everywhere within 5 seconds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -256,6 +268,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.SetKeyLimits,
                     request_deserializer=rempart__protos_dot_v1_dot_admin__pb2.SetKeyLimitsRequest.FromString,
                     response_serializer=rempart__protos_dot_v1_dot_admin__pb2.ApiKey.SerializeToString,
+            ),
+            'SetTenantStanding': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTenantStanding,
+                    request_deserializer=rempart__protos_dot_v1_dot_admin__pb2.SetTenantStandingRequest.FromString,
+                    response_serializer=rempart__protos_dot_v1_dot_admin__pb2.Tenant.SerializeToString,
             ),
             'SetPlan': grpc.unary_unary_rpc_method_handler(
                     servicer.SetPlan,
@@ -527,6 +544,33 @@ class Admin:
             '/rempart.v1.Admin/SetKeyLimits',
             rempart__protos_dot_v1_dot_admin__pb2.SetKeyLimitsRequest.SerializeToString,
             rempart__protos_dot_v1_dot_admin__pb2.ApiKey.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTenantStanding(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rempart.v1.Admin/SetTenantStanding',
+            rempart__protos_dot_v1_dot_admin__pb2.SetTenantStandingRequest.SerializeToString,
+            rempart__protos_dot_v1_dot_admin__pb2.Tenant.FromString,
             options,
             channel_credentials,
             insecure,

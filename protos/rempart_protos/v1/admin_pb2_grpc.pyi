@@ -51,8 +51,10 @@ class AdminStub:
     """Gives a tenant another plan, or none. In force everywhere with the next request."""
     SetKeyLimits: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetKeyLimitsRequest, _admin_pb2.ApiKey]
     """Changes the limits of a key that are set in the request, and its expiry. In force everywhere within 5 seconds."""
+    SetTenantStanding: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetTenantStandingRequest, _admin_pb2.Tenant]
+    """Changes what is set of a tenant's standing and keeps the rest. In force everywhere within 5 seconds."""
     SetPlan: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetPlanRequest, _admin_pb2.Plan]
-    """Makes a plan, or changes the limits that are set in the request. In force everywhere within 5 seconds."""
+    """Makes a plan, or changes the limits and the standing that are set in the request. In force everywhere within 5 seconds."""
     ListPlans: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListPlansRequest, _admin_pb2.ListPlansResponse]
     """All plans, in order of name."""
     RemovePlan: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RemovePlanRequest, _admin_pb2.RemovePlanResponse]
@@ -85,8 +87,10 @@ class AdminAsyncStub(AdminStub):
     """Gives a tenant another plan, or none. In force everywhere with the next request."""
     SetKeyLimits: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetKeyLimitsRequest, _admin_pb2.ApiKey]  # type: ignore[assignment]
     """Changes the limits of a key that are set in the request, and its expiry. In force everywhere within 5 seconds."""
+    SetTenantStanding: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetTenantStandingRequest, _admin_pb2.Tenant]  # type: ignore[assignment]
+    """Changes what is set of a tenant's standing and keeps the rest. In force everywhere within 5 seconds."""
     SetPlan: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetPlanRequest, _admin_pb2.Plan]  # type: ignore[assignment]
-    """Makes a plan, or changes the limits that are set in the request. In force everywhere within 5 seconds."""
+    """Makes a plan, or changes the limits and the standing that are set in the request. In force everywhere within 5 seconds."""
     ListPlans: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListPlansRequest, _admin_pb2.ListPlansResponse]  # type: ignore[assignment]
     """All plans, in order of name."""
     RemovePlan: _aio.UnaryUnaryMultiCallable[_admin_pb2.RemovePlanRequest, _admin_pb2.RemovePlanResponse]  # type: ignore[assignment]
@@ -172,12 +176,20 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         """Changes the limits of a key that are set in the request, and its expiry. In force everywhere within 5 seconds."""
 
     @_abc_1.abstractmethod
+    def SetTenantStanding(
+        self,
+        request: _admin_pb2.SetTenantStandingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.Tenant, _abc.Awaitable[_admin_pb2.Tenant]]:
+        """Changes what is set of a tenant's standing and keeps the rest. In force everywhere within 5 seconds."""
+
+    @_abc_1.abstractmethod
     def SetPlan(
         self,
         request: _admin_pb2.SetPlanRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.Plan, _abc.Awaitable[_admin_pb2.Plan]]:
-        """Makes a plan, or changes the limits that are set in the request. In force everywhere within 5 seconds."""
+        """Makes a plan, or changes the limits and the standing that are set in the request. In force everywhere within 5 seconds."""
 
     @_abc_1.abstractmethod
     def ListPlans(

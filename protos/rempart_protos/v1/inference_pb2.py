@@ -25,13 +25,15 @@ _sym_db = _symbol_database.Default()
 from rempart_protos.v1 import sampling_pb2 as rempart__protos_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!rempart_protos/v1/inference.proto\x12\nrempart.v1\x1a rempart_protos/v1/sampling.proto\"\x8d\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\treasoning\x18\x04 \x01(\t\x12(\n\ntool_calls\x18\x05 \x03(\x0b\x32\x14.rempart.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x06 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"M\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\x12\x0e\n\x06strict\x18\x04 \x01(\x08\"\xa6\x01\n\nToolChoice\x12+\n\x04mode\x18\x01 \x01(\x0e\x32\x1b.rempart.v1.ToolChoice.ModeH\x00\x12\x12\n\x08\x66unction\x18\x02 \x01(\tH\x00\"M\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_AUTO\x10\x01\x12\r\n\tMODE_NONE\x10\x02\x12\x11\n\rMODE_REQUIRED\x10\x03\x42\x08\n\x06\x63hoice\"%\n\x0eResponseFormat\x12\x13\n\x0bjson_schema\x18\x01 \x01(\t\"\x8d\x01\n\x11GenerationOptions\x12,\n\x08sampling\x18\x01 \x01(\x0b\x32\x1a.rempart.v1.SamplingParams\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x14\n\x0cinclude_stop\x18\x03 \x01(\x08\x12\x18\n\x10prompt_cache_key\x18\x04 \x01(\t\x12\x0c\n\x04user\x18\x05 \x01(\t\"\xd8\x02\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12)\n\x08messages\x18\x02 \x03(\x0b\x32\x17.rempart.v1.ChatMessage\x12.\n\x07options\x18\x03 \x01(\x0b\x32\x1d.rempart.v1.GenerationOptions\x12\x1f\n\x05tools\x18\x04 \x03(\x0b\x32\x10.rempart.v1.Tool\x12+\n\x0btool_choice\x18\x05 \x01(\x0b\x32\x16.rempart.v1.ToolChoice\x12 \n\x13parallel_tool_calls\x18\x06 \x01(\x08H\x00\x88\x01\x01\x12\x15\n\x08thinking\x18\x07 \x01(\x08H\x01\x88\x01\x01\x12\x33\n\x0fresponse_format\x18\x08 \x01(\x0b\x32\x1a.rempart.v1.ResponseFormatB\x16\n\x14_parallel_tool_callsB\x0b\n\t_thinking\"\xa3\x01\n\x0f\x43ompleteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.rempart.v1.TokenIdsH\x00\x12.\n\x07options\x18\x04 \x01(\x0b\x32\x1d.rempart.v1.GenerationOptions\x12\x0c\n\x04\x65\x63ho\x18\x05 \x01(\x08\x42\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xb6\x01\n\x0fGenerationEvent\x12(\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x14.rempart.v1.AdmittedH\x00\x12\"\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x11.rempart.v1.DeltaH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.rempart.v1.FinishedH\x00\x12\"\n\x05usage\x18\x04 \x01(\x0b\x32\x11.rempart.v1.UsageH\x00\x42\x07\n\x05\x65vent\"@\n\x08\x41\x64mitted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\tcreated_s\x18\x03 \x01(\x03\"\xa5\x01\n\x05\x44\x65lta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.rempart.v1.TextLogprob\x12\x11\n\treasoning\x18\x05 \x01(\t\x12-\n\ntool_calls\x18\x06 \x03(\x0b\x32\x19.rempart.v1.ToolCallDelta\"K\n\rToolCallDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"h\n\x0bTextLogprob\x12\r\n\x05token\x18\x01 \x01(\t\x12\x13\n\x0btoken_bytes\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.rempart.v1.TextLogprob\"D\n\x08\x46inished\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.rempart.v1.FinishReason\"j\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x04\x12\x15\n\rcached_tokens\x18\x03 \x01(\x04\x12\x18\n\x10reasoning_tokens\x18\x04 \x01(\x04\"\x80\x02\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12)\n\x08messages\x18\x03 \x03(\x0b\x32\x17.rempart.v1.ChatMessage\x12\x1f\n\x05tools\x18\x04 \x03(\x0b\x32\x10.rempart.v1.Tool\x12+\n\x0btool_choice\x18\x05 \x01(\x0b\x32\x16.rempart.v1.ToolChoice\x12\x15\n\x08thinking\x18\x06 \x01(\x08H\x00\x88\x01\x01\x12\x33\n\x0fresponse_format\x18\x07 \x01(\x0b\x32\x1a.rempart.v1.ResponseFormatB\x0b\n\t_thinking\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.rempart.v1.Model\"?\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x11\n\tcreated_s\x18\x03 \x01(\x03\x32\xa7\x02\n\tInference\x12>\n\x04\x43hat\x12\x17.rempart.v1.ChatRequest\x1a\x1b.rempart.v1.GenerationEvent0\x01\x12\x46\n\x08\x43omplete\x12\x1b.rempart.v1.CompleteRequest\x1a\x1b.rempart.v1.GenerationEvent0\x01\x12\x45\n\x08Tokenize\x12\x1b.rempart.v1.TokenizeRequest\x1a\x1c.rempart.v1.TokenizeResponse\x12K\n\nListModels\x12\x1d.rempart.v1.ListModelsRequest\x1a\x1e.rempart.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!rempart_protos/v1/inference.proto\x12\nrempart.v1\x1a rempart_protos/v1/sampling.proto\"\x8d\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\treasoning\x18\x04 \x01(\t\x12(\n\ntool_calls\x18\x05 \x03(\x0b\x32\x14.rempart.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x06 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"M\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\x12\x0e\n\x06strict\x18\x04 \x01(\x08\"\xa6\x01\n\nToolChoice\x12+\n\x04mode\x18\x01 \x01(\x0e\x32\x1b.rempart.v1.ToolChoice.ModeH\x00\x12\x12\n\x08\x66unction\x18\x02 \x01(\tH\x00\"M\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_AUTO\x10\x01\x12\r\n\tMODE_NONE\x10\x02\x12\x11\n\rMODE_REQUIRED\x10\x03\x42\x08\n\x06\x63hoice\"%\n\x0eResponseFormat\x12\x13\n\x0bjson_schema\x18\x01 \x01(\t\"\xbc\x01\n\x11GenerationOptions\x12,\n\x08sampling\x18\x01 \x01(\x0b\x32\x1a.rempart.v1.SamplingParams\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x14\n\x0cinclude_stop\x18\x03 \x01(\x08\x12\x18\n\x10prompt_cache_key\x18\x04 \x01(\t\x12\x0c\n\x04user\x18\x05 \x01(\t\x12-\n\x0cservice_tier\x18\x06 \x01(\x0e\x32\x17.rempart.v1.ServiceTier\"\xd8\x02\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12)\n\x08messages\x18\x02 \x03(\x0b\x32\x17.rempart.v1.ChatMessage\x12.\n\x07options\x18\x03 \x01(\x0b\x32\x1d.rempart.v1.GenerationOptions\x12\x1f\n\x05tools\x18\x04 \x03(\x0b\x32\x10.rempart.v1.Tool\x12+\n\x0btool_choice\x18\x05 \x01(\x0b\x32\x16.rempart.v1.ToolChoice\x12 \n\x13parallel_tool_calls\x18\x06 \x01(\x08H\x00\x88\x01\x01\x12\x15\n\x08thinking\x18\x07 \x01(\x08H\x01\x88\x01\x01\x12\x33\n\x0fresponse_format\x18\x08 \x01(\x0b\x32\x1a.rempart.v1.ResponseFormatB\x16\n\x14_parallel_tool_callsB\x0b\n\t_thinking\"\xa3\x01\n\x0f\x43ompleteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.rempart.v1.TokenIdsH\x00\x12.\n\x07options\x18\x04 \x01(\x0b\x32\x1d.rempart.v1.GenerationOptions\x12\x0c\n\x04\x65\x63ho\x18\x05 \x01(\x08\x42\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xb6\x01\n\x0fGenerationEvent\x12(\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x14.rempart.v1.AdmittedH\x00\x12\"\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x11.rempart.v1.DeltaH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.rempart.v1.FinishedH\x00\x12\"\n\x05usage\x18\x04 \x01(\x0b\x32\x11.rempart.v1.UsageH\x00\x42\x07\n\x05\x65vent\"o\n\x08\x41\x64mitted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\tcreated_s\x18\x03 \x01(\x03\x12-\n\x0cservice_tier\x18\x04 \x01(\x0e\x32\x17.rempart.v1.ServiceTier\"\xa5\x01\n\x05\x44\x65lta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.rempart.v1.TextLogprob\x12\x11\n\treasoning\x18\x05 \x01(\t\x12-\n\ntool_calls\x18\x06 \x03(\x0b\x32\x19.rempart.v1.ToolCallDelta\"K\n\rToolCallDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"h\n\x0bTextLogprob\x12\r\n\x05token\x18\x01 \x01(\t\x12\x13\n\x0btoken_bytes\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.rempart.v1.TextLogprob\"D\n\x08\x46inished\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.rempart.v1.FinishReason\"j\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x04\x12\x15\n\rcached_tokens\x18\x03 \x01(\x04\x12\x18\n\x10reasoning_tokens\x18\x04 \x01(\x04\"\x80\x02\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12)\n\x08messages\x18\x03 \x03(\x0b\x32\x17.rempart.v1.ChatMessage\x12\x1f\n\x05tools\x18\x04 \x03(\x0b\x32\x10.rempart.v1.Tool\x12+\n\x0btool_choice\x18\x05 \x01(\x0b\x32\x16.rempart.v1.ToolChoice\x12\x15\n\x08thinking\x18\x06 \x01(\x08H\x00\x88\x01\x01\x12\x33\n\x0fresponse_format\x18\x07 \x01(\x0b\x32\x1a.rempart.v1.ResponseFormatB\x0b\n\t_thinking\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.rempart.v1.Model\"?\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x11\n\tcreated_s\x18\x03 \x01(\x03*\x8f\x01\n\x0bServiceTier\x12\x1c\n\x18SERVICE_TIER_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVICE_TIER_PRIORITY\x10\x01\x12\x18\n\x14SERVICE_TIER_DEFAULT\x10\x02\x12\x15\n\x11SERVICE_TIER_FLEX\x10\x03\x12\x16\n\x12SERVICE_TIER_BATCH\x10\x04\x32\xa7\x02\n\tInference\x12>\n\x04\x43hat\x12\x17.rempart.v1.ChatRequest\x1a\x1b.rempart.v1.GenerationEvent0\x01\x12\x46\n\x08\x43omplete\x12\x1b.rempart.v1.CompleteRequest\x1a\x1b.rempart.v1.GenerationEvent0\x01\x12\x45\n\x08Tokenize\x12\x1b.rempart.v1.TokenizeRequest\x1a\x1c.rempart.v1.TokenizeResponse\x12K\n\nListModels\x12\x1d.rempart.v1.ListModelsRequest\x1a\x1e.rempart.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rempart_protos.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SERVICETIER']._serialized_start=2592
+  _globals['_SERVICETIER']._serialized_end=2735
   _globals['_CHATMESSAGE']._serialized_start=84
   _globals['_CHATMESSAGE']._serialized_end=225
   _globals['_TOOLCALL']._serialized_start=227
@@ -45,37 +47,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESPONSEFORMAT']._serialized_start=532
   _globals['_RESPONSEFORMAT']._serialized_end=569
   _globals['_GENERATIONOPTIONS']._serialized_start=572
-  _globals['_GENERATIONOPTIONS']._serialized_end=713
-  _globals['_CHATREQUEST']._serialized_start=716
-  _globals['_CHATREQUEST']._serialized_end=1060
-  _globals['_COMPLETEREQUEST']._serialized_start=1063
-  _globals['_COMPLETEREQUEST']._serialized_end=1226
-  _globals['_TOKENIDS']._serialized_start=1228
-  _globals['_TOKENIDS']._serialized_end=1251
-  _globals['_GENERATIONEVENT']._serialized_start=1254
-  _globals['_GENERATIONEVENT']._serialized_end=1436
-  _globals['_ADMITTED']._serialized_start=1438
-  _globals['_ADMITTED']._serialized_end=1502
-  _globals['_DELTA']._serialized_start=1505
-  _globals['_DELTA']._serialized_end=1670
-  _globals['_TOOLCALLDELTA']._serialized_start=1672
-  _globals['_TOOLCALLDELTA']._serialized_end=1747
-  _globals['_TEXTLOGPROB']._serialized_start=1749
-  _globals['_TEXTLOGPROB']._serialized_end=1853
-  _globals['_FINISHED']._serialized_start=1855
-  _globals['_FINISHED']._serialized_end=1923
-  _globals['_USAGE']._serialized_start=1925
-  _globals['_USAGE']._serialized_end=2031
-  _globals['_TOKENIZEREQUEST']._serialized_start=2034
-  _globals['_TOKENIZEREQUEST']._serialized_end=2290
-  _globals['_TOKENIZERESPONSE']._serialized_start=2292
-  _globals['_TOKENIZERESPONSE']._serialized_end=2352
-  _globals['_LISTMODELSREQUEST']._serialized_start=2354
-  _globals['_LISTMODELSREQUEST']._serialized_end=2373
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2375
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2430
-  _globals['_MODEL']._serialized_start=2432
-  _globals['_MODEL']._serialized_end=2495
-  _globals['_INFERENCE']._serialized_start=2498
-  _globals['_INFERENCE']._serialized_end=2793
+  _globals['_GENERATIONOPTIONS']._serialized_end=760
+  _globals['_CHATREQUEST']._serialized_start=763
+  _globals['_CHATREQUEST']._serialized_end=1107
+  _globals['_COMPLETEREQUEST']._serialized_start=1110
+  _globals['_COMPLETEREQUEST']._serialized_end=1273
+  _globals['_TOKENIDS']._serialized_start=1275
+  _globals['_TOKENIDS']._serialized_end=1298
+  _globals['_GENERATIONEVENT']._serialized_start=1301
+  _globals['_GENERATIONEVENT']._serialized_end=1483
+  _globals['_ADMITTED']._serialized_start=1485
+  _globals['_ADMITTED']._serialized_end=1596
+  _globals['_DELTA']._serialized_start=1599
+  _globals['_DELTA']._serialized_end=1764
+  _globals['_TOOLCALLDELTA']._serialized_start=1766
+  _globals['_TOOLCALLDELTA']._serialized_end=1841
+  _globals['_TEXTLOGPROB']._serialized_start=1843
+  _globals['_TEXTLOGPROB']._serialized_end=1947
+  _globals['_FINISHED']._serialized_start=1949
+  _globals['_FINISHED']._serialized_end=2017
+  _globals['_USAGE']._serialized_start=2019
+  _globals['_USAGE']._serialized_end=2125
+  _globals['_TOKENIZEREQUEST']._serialized_start=2128
+  _globals['_TOKENIZEREQUEST']._serialized_end=2384
+  _globals['_TOKENIZERESPONSE']._serialized_start=2386
+  _globals['_TOKENIZERESPONSE']._serialized_end=2446
+  _globals['_LISTMODELSREQUEST']._serialized_start=2448
+  _globals['_LISTMODELSREQUEST']._serialized_end=2467
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2469
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2524
+  _globals['_MODEL']._serialized_start=2526
+  _globals['_MODEL']._serialized_end=2589
+  _globals['_INFERENCE']._serialized_start=2738
+  _globals['_INFERENCE']._serialized_end=3033
 # @@protoc_insertion_point(module_scope)
