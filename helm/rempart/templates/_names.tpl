@@ -1,0 +1,57 @@
+{{/* Names and labels. Every helper that needs more than the root takes a dict with `root`. */}}
+
+{{- define "rempart.fullname" -}}
+{{- $own := ternary .Release.Name (printf "%s-rempart" .Release.Name) (contains "rempart" .Release.Name) -}}
+{{ .Values.fullnameOverride | default $own }}
+{{- end -}}
+
+{{/* rempart.labels (dict "root" $ "component" "router"): labels of an object, never of a selector. */}}
+{{- define "rempart.labels" -}}
+{{ include "rempart.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
+{{- end -}}
+
+{{/* rempart.selector (dict "root" $ "component" "engine" "engine" $name) */}}
+{{- define "rempart.selector" -}}
+app.kubernetes.io/name: rempart
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+{{- with .component }}
+app.kubernetes.io/component: {{ . }}
+{{- end }}
+{{- with .engine }}
+rempart/engine: {{ . }}
+{{- end }}
+{{- end -}}
+
+{{/* rempart.image (dict "root" $ "image" .Values.images.router "suffix" "") */}}
+{{- define "rempart.image" -}}
+{{- $registry := .image.registry | default .root.Values.images.registry -}}
+{{- $place := printf "%s/%s" $registry .image.repository -}}
+{{- if .image.digest -}}
+{{ $place }}@{{ .image.digest }}
+{{- else -}}
+{{ $place }}:{{ .image.tag | default (printf "%s%s" .root.Chart.AppVersion (.suffix | default "")) }}
+{{- end -}}
+{{- end -}}
+
+{{- define "rempart.secretName" -}}
+{{ .Values.secrets.existingSecret | default (include "rempart.fullname" .) }}
+{{- end -}}
+
+{{- define "rempart.redisSecretName" -}}
+{{- if and (eq .Values.redis.mode "external") (not (and .Values.externalSecrets.enabled .Values.externalSecrets.redisKey)) -}}
+{{ .Values.redis.existingSecret }}
+{{- else -}}
+{{ include "rempart.fullname" . }}-redis
+{{- end -}}
+{{- end -}}
+
+{{- define "rempart.objectStorageSecretName" -}}
+{{- if and .Values.externalSecrets.enabled .Values.externalSecrets.objectStorageKey -}}
+{{ include "rempart.fullname" . }}-object-storage
+{{- else -}}
+{{ .Values.objectStorage.credentialsSecret }}
+{{- end -}}
+{{- end -}}
