@@ -10,6 +10,7 @@ Secrets come from the environment and are in no flag:
 """
 
 import argparse
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
@@ -17,9 +18,12 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+import msgspec
+
 from rempart_platform.aliases import Alias, parse_alias
 from rempart_platform.apis.grpc_limits import GrpcLimits
 from rempart_platform.apis.http_limits import HttpLimits
+from rempart_platform.audit.values import AuditConfig
 from rempart_platform.chat.format import CHAT_FORMATS
 from rempart_platform.endpoints.pick import PickConfig
 from rempart_platform.endpoints.session import SessionConfig
@@ -86,6 +90,7 @@ class RouterConfig:
     pick: PickConfig = PickConfig()
     quota: QuotaConfig = QuotaConfig()
     queue: QueueConfig = QueueConfig()
+    audit: AuditConfig = AuditConfig()
 
     def __post_init__(self) -> None:
         names = [model.name for model in self.models]
@@ -156,6 +161,11 @@ class RouterSecrets:
             cache_secret=_secret(environ, "REMPART_CACHE_SECRET").encode(),
             redis_url=_redis_url(environ),
         )
+
+
+def config_digest(config: RouterConfig) -> str:
+    """Equal for routers that are set alike. SHA-256, hexadecimal."""
+    return hashlib.sha256(msgspec.json.encode(config, order="sorted", enc_hook=str)).hexdigest()
 
 
 def _secret(environ: Mapping[str, str], name: str) -> str:

@@ -17,7 +17,8 @@ from rempart_platform.apis.batch_grpc import BatchesServicer
 from rempart_platform.apis.grpc import InferenceServicer
 from rempart_platform.apis.openai import build_app
 from rempart_platform.apis.services import ApiServices
-from rempart_platform.config import RouterConfig, RouterSecrets
+from rempart_platform.audit.log import AuditLog, open_audit_log
+from rempart_platform.config import RouterConfig, RouterSecrets, config_digest
 from rempart_platform.dispatcher import DispatchConfig, Dispatcher
 from rempart_platform.endpoints.capacity import Capacity, capacity_of
 from rempart_platform.endpoints.load import EndpointState
@@ -65,6 +66,7 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
         redis = await stack.enter_async_context(connect_redis(_redis_config(config, secrets)))
         if seed is not None:
             await _sow(redis, seed, stop)
+        audit = await stack.enter_async_context(open_audit_log(config.audit, redis, registry, config_digest(config)))
         ledger = await stack.enter_async_context(open_ledger(redis, config.quota, QuotaMetrics(metrics)))
         pool, readiness = _build_pool(config, catalog)
         registry.register(EndpointCollector(pool.states))
@@ -81,13 +83,19 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
             authenticator=StandingAuthenticator(Authenticator(keys, hasher), standings),
             catalog=catalog,
             dispatcher=Dispatcher(
-                ledger=ledger, queue=queue, pool=pool, catalog=catalog, config=dispatch, metrics=metrics
+                ledger=ledger,
+                queue=queue,
+                audit=audit,
+                pool=pool,
+                catalog=catalog,
+                config=dispatch,
+                metrics=metrics,
             ),
             limits=config.limits,
             http=config.http,
             is_ready=readiness.is_ready,
         )
-        admin = _build_admin(redis, keys, secrets)
+        admin = _build_admin(redis, keys, secrets, audit)
         inference = InferenceServicer(services, config.grpc)
         batches = BatchesServicer(services, config.grpc)
         metrics_url = await stack.enter_async_context(metrics_server(registry, config))
@@ -146,7 +154,9 @@ async def _open_queue(
             yield queue
 
 
-def _build_admin(redis: RedisClient, keys: ApiKeyStore, secrets: RouterSecrets) -> AdminServicer:
+def _build_admin(
+    redis: RedisClient, keys: ApiKeyStore, secrets: RouterSecrets, audit: AuditLog | None
+) -> AdminServicer:
     tenants = TenantRegistry(redis)
     return AdminServicer(
         AdminAuthenticator(secrets.admin_key),
@@ -155,6 +165,7 @@ def _build_admin(redis: RedisClient, keys: ApiKeyStore, secrets: RouterSecrets) 
         UsageReader(redis, tenants),
         PlanRegistry(redis),
         PriceRegistry(redis),
+        audit,
     )
 
 

@@ -201,12 +201,12 @@ async def test_revoking_twice_says_not_found(store: ApiKeyStore) -> None:
     assert raised.value.kind is ErrorKind.NOT_FOUND
 
 
-def test_admin_key_passes_and_all_else_is_refused() -> None:
+async def test_admin_key_passes_and_all_else_is_refused() -> None:
     admin = AdminAuthenticator("an admin key, long enough")
-    admin.authenticate("an admin key, long enough")
+    assert await admin.authenticate("an admin key, long enough") == "admin key"
     for bearer in ("", "an admin key, long enougi", "an admin key, long enough ", "é"):
         with pytest.raises(RempartError) as raised:
-            admin.authenticate(bearer)
+            await admin.authenticate(bearer)
         assert raised.value.kind is ErrorKind.INVALID_API_KEY
 
 

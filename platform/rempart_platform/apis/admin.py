@@ -3,17 +3,19 @@
 
 import logging
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf.message import Message
 
 from rempart_platform.apis.grpc_errors import error_status
 from rempart_platform.apis.grpc_render import tier_message
-from rempart_platform.apis.services import bearer_token
+from rempart_platform.apis.services import AdminAuthenticator, bearer_token
+from rempart_platform.audit.log import AuditLog
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import ServiceTier
-from rempart_platform.tenancy.api_keys import AdminAuthenticator, ApiKey, ApiKeyStore
+from rempart_platform.tenancy.api_keys import ApiKey, ApiKeyStore
 from rempart_platform.tenancy.limits import LIMITS, LimitChange
 from rempart_platform.tenancy.plans import Plan, PlanRegistry
 from rempart_platform.tenancy.prices import ModelPrice, PriceList, PriceRegistry
@@ -41,6 +43,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         usage: UsageReader,
         plans: PlanRegistry,
         prices: PriceRegistry,
+        audit: AuditLog | None = None,
     ) -> None:
         self._authenticator = authenticator
         self._tenants = tenants
@@ -48,9 +51,10 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         self._usage = usage
         self._plans = plans
         self._prices = prices
+        self._audit = audit
 
     async def CreateTenant(self, request: admin_pb2.CreateTenantRequest, context: _Context) -> admin_pb2.Tenant:
-        async with self._act(context, "create_tenant", tenant=request.name):
+        async with self._act(context, request, "create_tenant", tenant=request.name):
             if request.plan:
                 await self._plans.get(request.plan)
             limits, standing = _limits(request.limits), _standing(request.standing)
@@ -59,30 +63,30 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     async def ListTenants(
         self, request: admin_pb2.ListTenantsRequest, context: _Context
     ) -> admin_pb2.ListTenantsResponse:
-        async with self._act(context, "list_tenants"):
+        async with self._act(context, request, "list_tenants"):
             tenants = await self._tenants.list()
             return admin_pb2.ListTenantsResponse(tenants=[_tenant_message(tenant) for tenant in tenants])
 
     async def SetTenantLimits(self, request: admin_pb2.SetTenantLimitsRequest, context: _Context) -> admin_pb2.Tenant:
-        async with self._act(context, "set_tenant_limits", tenant=request.tenant):
+        async with self._act(context, request, "set_tenant_limits", tenant=request.tenant):
             change = LimitChange(_limits(request.limits), tuple(request.unset), request.model)
             return _tenant_message(await self._tenants.change(request.tenant, change))
 
     async def SetTenantStanding(
         self, request: admin_pb2.SetTenantStandingRequest, context: _Context
     ) -> admin_pb2.Tenant:
-        async with self._act(context, "set_tenant_standing", tenant=request.tenant):
+        async with self._act(context, request, "set_tenant_standing", tenant=request.tenant):
             change = StandingChange(_standing(request.standing), tuple(request.unset))
             return _tenant_message(await self._tenants.change(request.tenant, change))
 
     async def SetTenantPlan(self, request: admin_pb2.SetTenantPlanRequest, context: _Context) -> admin_pb2.Tenant:
-        async with self._act(context, "set_tenant_plan", tenant=request.tenant, plan=request.plan):
+        async with self._act(context, request, "set_tenant_plan", tenant=request.tenant, plan=request.plan):
             if request.plan:
                 await self._plans.get(request.plan)
             return _tenant_message(await self._tenants.set_plan(request.tenant, request.plan))
 
     async def IssueKey(self, request: admin_pb2.IssueKeyRequest, context: _Context) -> admin_pb2.IssueKeyResponse:
-        async with self._act(context, "issue_key", tenant=request.tenant) as fields:
+        async with self._act(context, request, "issue_key", tenant=request.tenant) as fields:
             tenant = await self._tenants.get(request.tenant)
             limits = _limits(request.limits)
             LimitChange(limits)  # Checked before there is a key.
@@ -92,13 +96,13 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             return admin_pb2.IssueKeyResponse(key=issued.key, key_id=issued.key_id)
 
     async def ListKeys(self, request: admin_pb2.ListKeysRequest, context: _Context) -> admin_pb2.ListKeysResponse:
-        async with self._act(context, "list_keys", tenant=request.tenant):
+        async with self._act(context, request, "list_keys", tenant=request.tenant):
             tenant = await self._tenants.get(request.tenant)
             keys = [_key_message(key, tenant) for key in await self._keys.list(tenant.name)]
             return admin_pb2.ListKeysResponse(keys=keys)
 
     async def SetKeyLimits(self, request: admin_pb2.SetKeyLimitsRequest, context: _Context) -> admin_pb2.ApiKey:
-        async with self._act(context, "set_key_limits", key_id=request.key_id) as fields:
+        async with self._act(context, request, "set_key_limits", key_id=request.key_id) as fields:
             key = await self._keys.get(request.key_id)
             fields["tenant"] = key.tenant
             change = LimitChange(_limits(request.limits), tuple(request.unset), key_id=key.key_id)
@@ -107,14 +111,14 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             return _key_message(key, await self._tenants.change(key.tenant, change))
 
     async def RevokeKey(self, request: admin_pb2.RevokeKeyRequest, context: _Context) -> admin_pb2.RevokeKeyResponse:
-        async with self._act(context, "revoke_key", key_id=request.key_id) as fields:
+        async with self._act(context, request, "revoke_key", key_id=request.key_id) as fields:
             fields["tenant"] = tenant = (await self._keys.revoke(request.key_id)).tenant
             await self._tenants.change(tenant, LimitChange(unset=LIMITS, key_id=request.key_id))
             return admin_pb2.RevokeKeyResponse()
 
     async def GetUsage(self, request: admin_pb2.GetUsageRequest, context: _Context) -> admin_pb2.GetUsageResponse:
         tenant = request.tenant if request.HasField("tenant") else None
-        async with self._act(context, "get_usage", tenant=tenant or ""):
+        async with self._act(context, request, "get_usage", tenant=tenant or ""):
             records = [
                 admin_pb2.UsageRecord(
                     tenant=record.tenant,
@@ -131,7 +135,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             return admin_pb2.GetUsageResponse(records=records, currency=(await self._prices.read()).currency)
 
     async def SetPlan(self, request: admin_pb2.SetPlanRequest, context: _Context) -> admin_pb2.Plan:
-        async with self._act(context, "set_plan", plan=request.name):
+        async with self._act(context, request, "set_plan", plan=request.name):
             if request.standing.HasField("cache_group"):
                 text = "A plan has no 'cache_group': who shares a cache is decided tenant by tenant."
                 raise RempartError(ErrorKind.INVALID_REQUEST, text, param="standing.cache_group")
@@ -142,11 +146,11 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             return _plan_message(await self._plans.set(request.name, limits, standing))
 
     async def ListPlans(self, request: admin_pb2.ListPlansRequest, context: _Context) -> admin_pb2.ListPlansResponse:
-        async with self._act(context, "list_plans"):
+        async with self._act(context, request, "list_plans"):
             return admin_pb2.ListPlansResponse(plans=[_plan_message(plan) for plan in await self._plans.list()])
 
     async def RemovePlan(self, request: admin_pb2.RemovePlanRequest, context: _Context) -> admin_pb2.RemovePlanResponse:
-        async with self._act(context, "remove_plan", plan=request.name):
+        async with self._act(context, request, "remove_plan", plan=request.name):
             await self._plans.get(request.name)
             for tenant in await self._tenants.list():
                 if tenant.plan == request.name:
@@ -156,7 +160,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             return admin_pb2.RemovePlanResponse()
 
     async def SetPrice(self, request: admin_pb2.SetPriceRequest, context: _Context) -> admin_pb2.PriceList:
-        async with self._act(context, "set_price", model=request.price.model):
+        async with self._act(context, request, "set_price", model=request.price.model):
             if request.HasField("price"):
                 price = request.price
                 values = ModelPrice(price.input_nanos, price.cached_nanos, price.output_nanos)
@@ -166,19 +170,28 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             return _prices_message(await self._prices.read())
 
     async def ListPrices(self, request: admin_pb2.ListPricesRequest, context: _Context) -> admin_pb2.PriceList:
-        async with self._act(context, "list_prices"):
+        async with self._act(context, request, "list_prices"):
             return _prices_message(await self._prices.read())
 
+    async def _who(self, context: _Context, fields: dict[str, str]) -> str:
+        try:
+            return await self._authenticator.authenticate(_bearer(context))
+        except RempartError as error:
+            if self._audit is not None:
+                self._audit.act_refused(fields, error.kind.name.lower())
+            raise
+
     @asynccontextmanager
-    async def _act(self, context: _Context, act: str, **named: str) -> AsyncIterator[dict[str, str]]:
-        """Authenticates, turns errors into the call's status, and logs how it ended."""
+    async def _act(self, context: _Context, request: Message, act: str, **named: str) -> AsyncIterator[dict[str, str]]:
+        """Authenticates, audits, turns errors into the call's status, and logs how it ended."""
         # What a caller wrote is cut: a log line is no place for a megabyte.
         fields = {"act": act, "peer": context.peer()}
         fields |= {name: value[:_MAX_LOGGED_CHARS] for name, value in named.items()}
         outcome = "cancelled"
         try:
-            self._authenticator.authenticate(_bearer(context))
-            yield fields
+            who = await self._who(context, fields)
+            async with self._audit.act(who, request, fields) if self._audit else nullcontext():
+                yield fields
             outcome = "ok"
         except RempartError as error:
             outcome = error.kind.name.lower()

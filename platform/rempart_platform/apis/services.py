@@ -21,6 +21,14 @@ class Authenticator(Protocol):
         ...
 
 
+class AdminAuthenticator(Protocol):
+    """Operators, for the Admin service."""
+
+    async def authenticate(self, bearer: str) -> str:
+        """Who asks, for the log and the audit. Raises RempartError INVALID_API_KEY."""
+        ...
+
+
 class Generation(Protocol):
     """An admitted request."""
 

@@ -24,6 +24,7 @@ from rempart_platform.tenancy.redis_client import RedisClient
 _KEY_ID = re.compile(r"[0-9a-f]{16}")
 _KEY = re.compile(r"rk_([0-9a-f]{16})_[0-9a-f]{64}")
 MIN_PEPPER_BYTES = 16
+ADMIN_KEY_HOLDER = "admin key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,13 +208,13 @@ class Authenticator:
         """
         match = _KEY.fullmatch(bearer)
         if match is None:
-            raise _invalid_key()
+            raise invalid_key()
         key_id = match.group(1)
         record = await self._find(key_id)
         # Compared also when there is no record: the answer takes the same time.
         is_right = hmac.compare_digest((record or self._no_record).digest, self._hasher.digest(bearer))
         if record is None or not is_right or 0 < record.expires_s <= self._wall_clock():
-            raise _invalid_key()
+            raise invalid_key()
         return Caller(record.tenant, key_id)
 
     async def _find(self, key_id: str) -> KeyRecord | None:
@@ -240,19 +241,26 @@ class AdminAuthenticator:
         self._hasher = KeyHasher(secrets.token_bytes(32))
         self._digest = self._hasher.digest(admin_key)
 
-    def authenticate(self, bearer: str) -> None:
-        """Passes the admin key, given without "Bearer ".
+    async def authenticate(self, bearer: str) -> str:
+        """Passes the admin key, given without "Bearer ", whose holder has no other name than `ADMIN_KEY_HOLDER`.
 
         Raises:
             RempartError: INVALID_API_KEY.
         """
         if not hmac.compare_digest(self._digest, self._hasher.digest(bearer)):
-            raise _invalid_key()
+            raise invalid_key()
+        return ADMIN_KEY_HOLDER
+
+
+def is_key_id(text: str) -> bool:
+    """Whether a caller's `key_id` is that of a key of ours."""
+    return _KEY_ID.fullmatch(text) is not None
 
 
 def _expiry(stored: Mapping[str, str]) -> int:
     return int(stored.get("expires_s", "0"))
 
 
-def _invalid_key() -> RempartError:
+def invalid_key() -> RempartError:
+    """The one answer to whatever is not valid: it tells nobody how near they are."""
     return RempartError(ErrorKind.INVALID_API_KEY, "The API key is not valid.")

@@ -8,6 +8,7 @@ cluster. Names of tenants hold no braces (see tenants.py), so the tag is the nam
     rempart:plan:<name>             hash    created_s and the limits that are set (fields: see limits.py)
     rempart:seeds                   hash    "plan <name>", "tenant <name>", "prices" → digest of what a file said last
     rempart:prices                  hash    "currency"; "model <model>" → its price of input, cached and output tokens
+    rempart:audit:heads             hash    chain → number of its last sealed record, link of that segment
     rempart:key:<key id>            hash    tenant, digest, created_s, expires_s
     rempart:{t}:tenant              hash    created_s, plan, and the limits that are set, those of its keys too
     rempart:{t}:keys                zset    key id → created_s
@@ -30,6 +31,7 @@ TENANTS = "rempart:tenants"
 PLANS = "rempart:plans"
 PRICES = "rempart:prices"
 SEEDS = "rempart:seeds"
+AUDIT_HEADS = "rempart:audit:heads"
 _KEYS_OF_ACCOUNT = 6
 
 

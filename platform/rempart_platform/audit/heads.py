@@ -1,0 +1,36 @@
+"""Where every chain stands, in Redis: a segment that is removed from the end of a chain is missed here.
+
+What storage tells and what Redis tells is kept by different hands; whoever wants to hide the past needs both.
+"""
+
+from rempart_platform.audit.check import Head
+from rempart_platform.tenancy.keyspace import AUDIT_HEADS
+from rempart_platform.tenancy.redis_client import RedisClient
+
+
+class HeadStore:
+    """Heads by chain.
+
+    Raises:
+        RedisAwayError: Redis does not answer.
+    """
+
+    def __init__(self, redis: RedisClient) -> None:
+        self._redis = redis
+
+    async def write(self, chain: str, head: Head) -> None:
+        await self._redis.write_hash(AUDIT_HEADS, {chain: f"{head.last} {head.link.hex()}"})
+
+    async def read(self, chain: str) -> Head | None:
+        """None when Redis does not know the chain."""
+        stored = await self._redis.call(lambda redis: redis.hget(AUDIT_HEADS, chain))
+        return None if stored is None else _parse(str(stored))
+
+    async def chains(self) -> set[str]:
+        """Names of all that there have ever been."""
+        return {str(name) for name in await self._redis.call(lambda redis: redis.hkeys(AUDIT_HEADS))}
+
+
+def _parse(stored: str) -> Head:
+    last, _, link = stored.partition(" ")
+    return Head(int(last), bytes.fromhex(link))

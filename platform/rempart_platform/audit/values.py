@@ -1,0 +1,71 @@
+"""What the audit log is told, and how it is set."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class AuditConfig:
+    """How a router keeps its audit log.
+
+    Raises:
+        ValueError: a number is too small, with the name of its flag.
+    """
+
+    store: str = ""
+    """Where: file:///FOLDER or s3://BUCKET/PREFIX, see `object_store.py`. "" keeps no audit log."""
+    seal_s: float = 1.0
+    """For how long a record may wait until it is sealed."""
+    max_segment_records: int = 10_000
+    """A segment is sealed as soon as it has so many."""
+    max_buffered: int = 100_000
+    """Records that wait while the store does not take them; what happens then says `when_full`."""
+    when_full: Literal["refuse", "drop"] = "refuse"
+    """"refuse" admits no new requests; "drop" goes on and loses records, which it counts."""
+    signing_key: str = ""
+    """PEM file of an ed25519 private key: every segment is signed. "" signs none."""
+    act_timeout_s: float = 5.0
+    """How long an admin act waits for its record to be sealed."""
+    put_timeout_s: float = 10.0
+    """Of one segment."""
+    backoff_s: float = 0.1
+    """The first wait after a failure; doubled each time, up to `max_backoff_s`."""
+    max_backoff_s: float = 5.0
+    close_timeout_s: float = 10.0
+    """How long a router that stops tries to seal what is left."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_segment_records", "max_buffered"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--audit-{name.replace('_', '-')} must be at least 1")
+        for name in ("seal_s", "act_timeout_s", "put_timeout_s", "backoff_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--audit-{name.replace('_', '-')} must be above 0")
+
+
+class Kind(StrEnum):
+    """What a record tells."""
+
+    GENESIS = "genesis"
+    """The first of every chain: which router, and how it is set."""
+    ACT = "act"
+    """An admin act is about to be done."""
+    OUTCOME = "outcome"
+    """How it ended; `act_id` says which."""
+    REQUEST = "request"
+    """A tenant's request ended."""
+    GAP = "gap"
+    """Here records are missing that could not be kept."""
+    END = "end"
+    """The router stopped in order; nothing comes after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A record before it has a place in the chain. `at_s` is seconds since the epoch."""
+
+    at_s: float
+    kind: Kind
+    fields: Mapping[str, object]

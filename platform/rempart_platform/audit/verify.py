@@ -1,0 +1,102 @@
+"""Checks all chains of a store, and reads their records."""
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from rempart_platform.audit.check import BadChainError, ChainReader, Head, decode_line
+from rempart_platform.audit.store import ForeignSegmentError, SegmentStore
+
+
+class Heads(Protocol):
+    """What a check needs of Redis; `HeadStore` in production."""
+
+    async def read(self, chain: str) -> Head | None:
+        """None when Redis does not know the chain."""
+
+    async def chains(self) -> set[str]:
+        """Names of all that there have ever been."""
+
+
+@dataclass(slots=True)
+class Verification:
+    """How far a check is, and what it found: at most one problem of each chain."""
+
+    num_chains: int = 0
+    num_segments: int = 0
+    num_records: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which records to read; "" is all."""
+
+    tenant: str = ""
+    day: str = ""
+    kind: str = ""
+
+    def takes(self, record: dict[str, Any]) -> bool:
+        return self.kind in ("", record.get("kind")) and self.tenant in ("", record.get("tenant"))
+
+
+async def verify(
+    store: SegmentStore,
+    *,
+    heads: Heads | None = None,
+    public_key: bytes | None = None,
+    progress: Callable[[Verification], None] = lambda _: None,
+) -> Verification:
+    """Reads every segment of every chain; what it holds in memory does not grow with the number of records.
+
+    Args:
+        store: where the chains are.
+        heads: how far they must reach; None asks no one, and then a missing end is not noticed.
+        public_key: who must have signed them, 32 bytes; None asks for no one.
+        progress: told after every segment.
+
+    Raises:
+        One of STORE_ERRORS: the storage cannot serve.
+        RedisAwayError: Redis does not answer.
+    """
+    done = Verification()
+    known = await heads.chains() if heads else set()
+    for chain in sorted(known.union(await store.chains())):
+        done.num_chains += 1
+        try:
+            reader = ChainReader(chain, public_key, await _head(heads, chain))
+            async for path, data in store.segments(chain, await store.days(chain)):
+                done.num_records += len(reader.take(path, data))
+                done.num_segments += 1
+                progress(done)
+            reader.finish()
+        except (BadChainError, ForeignSegmentError) as error:
+            done.problems.append(str(error))
+    return done
+
+
+async def read_records(store: SegmentStore, wanted: Wanted) -> AsyncIterator[dict[str, Any]]:
+    """The records that are wanted, chain by chain, as they are stored: nothing is checked.
+
+    Raises:
+        One of STORE_ERRORS: the storage cannot serve, or holds something that is no segment.
+    """
+    for chain in await store.chains():
+        days = [day for day in await store.days(chain) if wanted.day in ("", day)]
+        async for path, data in store.segments(chain, days):
+            for line in data.split(b"\n")[1:-2]:
+                record = decode_line(line)
+                if record is None:
+                    raise ForeignSegmentError(f"{path} holds a line that is no record; verify the log")
+                if wanted.takes(record):
+                    yield {"chain": chain, **record}
+
+
+async def _head(heads: Heads | None, chain: str) -> Head | None:
+    """Asked before the chain is read: a router that runs goes on writing meanwhile."""
+    if heads is None:
+        return None
+    head = await heads.read(chain)
+    if head is None:
+        raise BadChainError(f"chain {chain}: Redis has never heard of it")
+    return head

@@ -1,0 +1,246 @@
+"""A whole router with its audit log."""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from rempart_platform.audit.heads import HeadStore
+from rempart_platform.audit.store import SegmentStore
+from rempart_platform.audit.values import AuditConfig
+from rempart_platform.audit.verify import Verification, Wanted, read_records, verify
+from rempart_platform.config import ModelSource, RouterConfig, RouterSecrets
+from rempart_platform.endpoints.session import SessionConfig
+from rempart_platform.endpoints.testing import FakeEngine, fake_model_info
+from rempart_platform.object_store import open_object_store
+from rempart_platform.router import serve
+from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redis
+from rempart_platform.tenancy.redis_client import connect_redis
+from rempart_platform.tenancy.testing import patient
+from rempart_platform.text.byte_level import BYTE_OF
+from rempart_protos.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+MODEL = "tiny"
+ADMIN_KEY = "an admin key for tests"
+PEPPER, CACHE_SECRET = "a pepper of 16 bytes", "a secret of 16 bytes"
+PROMPT = "the patient of room seven"
+TOKEN_IDS = tuple(b"a most private answer ")
+
+
+def fake_engine() -> FakeEngine:
+    def token(request: object, choice: int, index: int) -> int:
+        return TOKEN_IDS[index % len(TOKEN_IDS)]
+
+    info = fake_model_info(MODEL, vocab_size=258, max_model_len=2048, eos_token_ids=(257,))
+    return FakeEngine(info, token=token)
+
+
+@dataclass(frozen=True)
+class Audited:
+    line: dict[str, str]
+    store: SegmentStore
+    redis_url: str
+    folder: Path
+    stop: asyncio.Event
+    stopped: asyncio.Task[None]
+
+    async def check(self) -> Verification:
+        async with connect_redis(patient(self.redis_url)) as redis:
+            return await verify(self.store, heads=HeadStore(redis))
+
+    async def records(self, kind: str = "") -> list[dict[str, object]]:
+        return [record async for record in read_records(self.store, Wanted(kind=kind))]
+
+    async def make_key(self) -> str:
+        return await make_key(self.line["grpc"])
+
+
+async def make_key(address: str) -> str:
+    metadata = (("authorization", f"Bearer {ADMIN_KEY}"),)
+    async with grpc.aio.insecure_channel(address) as channel:
+        admin = admin_pb2_grpc.AdminStub(channel)
+        await admin.CreateTenant(admin_pb2.CreateTenantRequest(name="acme"), metadata=metadata)
+        return (await admin.IssueKey(admin_pb2.IssueKeyRequest(tenant="acme"), metadata=metadata)).key
+
+
+@asynccontextmanager
+async def audited_router(
+    folder: Path, model_folder: Path, engine: FakeEngine, **changes: object
+) -> AsyncIterator[Audited]:
+    audit = AuditConfig(store=f"file://{folder}", seal_s=0.05, backoff_s=0.01, max_backoff_s=0.05)
+    config = RouterConfig(
+        models=(ModelSource(MODEL, model_folder),),
+        engines=(engine.address,),
+        http_port=0,
+        grpc_port=0,
+        metrics_port=0,
+        drain_timeout_s=5.0,
+        redis_timeout_s=5.0,
+        session=SessionConfig(backoff_initial_s=0.01),
+        audit=replace(audit, **changes),  # type: ignore[arg-type]  # the tests name its fields
+    )
+    ready: asyncio.Future[dict[str, object]] = asyncio.get_running_loop().create_future()
+    stop = asyncio.Event()
+    async with embedded_redis(EmbeddedRedisConfig()) as redis:
+        secrets = RouterSecrets(ADMIN_KEY, PEPPER.encode(), CACHE_SECRET.encode(), redis.url)
+        task = asyncio.create_task(serve(config, secrets, ready.set_result, stop))
+        try:
+            line = {name: str(value) for name, value in (await asyncio.wait_for(ready, 20)).items()}
+            store = SegmentStore(open_object_store(config.audit.store))
+            yield Audited(line, store, redis.url, folder, stop, task)
+        finally:
+            stop.set()
+            await task
+
+
+def chat(key: str, url: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=20)
+
+
+def body(**fields: object) -> dict[str, object]:
+    return {"model": MODEL, "prompt": PROMPT, "max_tokens": 8, "user": "dr jekyll", **fields}
+
+
+@pytest.fixture(scope="session")
+def byte_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The text side of a model whose token ids are bytes."""
+    folder = tmp_path_factory.mktemp("model")
+    backend = tokenizers.Tokenizer(models.BPE({character: byte for character, byte in BYTE_OF.items()}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[FakeEngine]:
+    async with fake_engine() as engine:
+        yield engine
+
+
+async def test_every_act_and_request_is_in_the_log_and_no_text(
+    tmp_path: Path, byte_model_folder: Path, engine: FakeEngine
+) -> None:
+    async with audited_router(tmp_path, byte_model_folder, engine) as router:
+        key = await router.make_key()
+        # An act is in the log when it is answered.
+        acts = [record["act"] for record in await router.records("outcome")]
+        assert acts == ["create_tenant", "issue_key"]
+        async with chat(key, router.line["http"]) as http:
+            assert (await http.post("/v1/completions", json=body())).status_code == 200
+        async with grpc.aio.insecure_channel(router.line["grpc"]) as channel:
+            request = inference_pb2.CompleteRequest(model=MODEL, text=PROMPT)
+            request.options.sampling.max_tokens = 5
+            credentials = (("authorization", f"Bearer {key}"),)
+            call = inference_pb2_grpc.InferenceStub(channel).Complete(request, metadata=credentials)
+            assert [event async for event in call]
+            admin = admin_pb2_grpc.AdminStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await admin.ListTenants(admin_pb2.ListTenantsRequest(), metadata=credentials)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await admin.ListKeys(
+                    admin_pb2.ListKeysRequest(tenant="nobody"), metadata=(("authorization", f"Bearer {ADMIN_KEY}"),)
+                )
+        router.stop.set()
+        await router.stopped
+        done = await router.check()
+        assert (done.problems, done.num_chains) == ([], 1)
+        requests = await router.records("request")
+        assert [record["completion_tokens"] for record in requests] == [8, 5]
+        assert {(record["tenant"], record["outcome"], record["prompt_tokens"]) for record in requests} == {
+            ("acme", "ok", len(PROMPT))
+        }
+        assert requests[0]["endpoints"] == [engine.address]
+        outcomes = [(record["act"], record["who"], record["outcome"]) for record in await router.records("outcome")]
+        assert outcomes[2:] == [("list_tenants", "", "invalid_api_key"), ("list_keys", "admin key", "not_found")]
+        assert [record["kind"] for record in await router.records()][-1] == "end"
+        log = b"".join(await asyncio.to_thread(lambda: [path.read_bytes() for path in tmp_path.rglob("*.jsonl")]))
+        assert key.split("_")[1].encode() in log
+        secrets = (key.split("_")[2], ADMIN_KEY, PEPPER, CACHE_SECRET)
+        for text in (*secrets, PROMPT, "dr jekyll", bytes(TOKEN_IDS[:8]).decode()):
+            assert text.encode() not in log, text
+
+
+async def test_a_router_whose_log_cannot_be_stored_refuses_acts_and_then_requests(
+    tmp_path: Path, byte_model_folder: Path, engine: FakeEngine
+) -> None:
+    async with audited_router(tmp_path, byte_model_folder, engine, max_buffered=3, act_timeout_s=0.2) as router:
+        key = await router.make_key()
+        chains = tmp_path / "chains"
+        chains.rename(tmp_path / "moved")
+        chains.write_text("no folder")
+        async with chat(key, router.line["http"]) as http:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await make_key(router.line["grpc"])
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert "audit log" in str(refused.value.details())
+            answers = [await http.post("/v1/completions", json=body()) for _ in range(4)]
+            assert [answer.status_code for answer in answers][-1] == 503
+            assert "audit_max_buffered" in answers[-1].text
+            assert int(answers[-1].headers["retry-after"]) >= 1
+            chains.unlink()
+            (tmp_path / "moved").rename(chains)
+            async with asyncio.timeout(20):
+                while (await http.post("/v1/completions", json=body())).status_code != 200:
+                    pass
+        router.stop.set()
+        await router.stopped
+        assert (await router.check()).problems == []
+        assert "not_begun" in [record["outcome"] for record in await router.records("outcome")]
+
+
+async def test_a_router_that_is_killed_leaves_a_chain_that_is_right(
+    tmp_path: Path, byte_model_folder: Path, engine: FakeEngine
+) -> None:
+    environ = {"REMPART_ADMIN_KEY": ADMIN_KEY, "REMPART_KEY_PEPPER": PEPPER, "REMPART_CACHE_SECRET": CACHE_SECRET}
+    async with embedded_redis(EmbeddedRedisConfig()) as redis:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "rempart_platform", "--model", f"{MODEL}={byte_model_folder}"),
+            *("--engines", engine.address, "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"),
+            *("--audit-store", f"file://{tmp_path}/audit", "--audit-seal-s", "0.02", "--redis-timeout-s", "5"),
+            env=os.environ | environ | {"REMPART_REDIS_URL": redis.url},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        ready = await asyncio.wait_for(process.stdout.readline(), 30)
+        assert ready, await process.wait()
+        line = json.loads(ready)
+        key = await make_key(line["grpc"])
+        num_answered = 0
+
+        async def ask(http: httpx.AsyncClient) -> None:
+            nonlocal num_answered
+            while True:
+                assert (await http.post("/v1/completions", json=body())).status_code == 200
+                num_answered += 1
+                if num_answered == 100:
+                    process.kill()
+
+        async with chat(key, line["http"]) as http:
+            asking = [asyncio.create_task(ask(http)) for _ in range(4)]
+            done, _ = await asyncio.wait(asking, return_when=asyncio.FIRST_EXCEPTION, timeout=60)
+            assert all(isinstance(task.exception(), httpx.TransportError) for task in done)
+            for task in asking:
+                task.cancel()
+            await asyncio.wait(asking)
+        await process.wait()
+        store = SegmentStore(open_object_store(f"file://{tmp_path}/audit"))
+        async with connect_redis(patient(redis.url)) as client:
+            checked = await verify(store, heads=HeadStore(client))
+    assert (checked.problems, checked.num_chains) == ([], 1)
+    records = [record async for record in read_records(store, Wanted())]
+    assert [record["n"] for record in records] == list(range(len(records)))
+    assert [record["act"] for record in records if record["kind"] == "outcome"] == ["create_tenant", "issue_key"]
+    assert sum(record["kind"] == "request" for record in records) >= 1
+    assert records[-1]["kind"] != "end"
