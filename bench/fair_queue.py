@@ -126,10 +126,10 @@ class Queue:
         charge, service_tier = self._rng.randint(10, 9000), self._rng.choice((1, 2, 2, 2, 3, 4))
         weight = self._rng.choice(("1", "1", "4"))
         who: list[str | int] = [request_id, _ROUTER, service_tier, tenant, weight, charge, 1, charge, _HOUR_US]
-        return request_id, [*who, *self._room(rows), _HOUR_US, _NO_LIMIT, _NO_LIMIT]
+        return request_id, [*who, *self._room(rows), _HOUR_US, _NO_LIMIT, _NO_LIMIT, "fifo"]
 
-    def _room(self, rows: int) -> tuple[int, int, int]:
-        return rows, 10**12, _HOUR_US
+    def _room(self, rows: int) -> tuple[int, int, int, int, int]:
+        return rows, 10**12, 0, 0, _HOUR_US
 
     async def _in_one(self, redis: object, calls: Sequence[Sequence[str | int]]) -> None:
         async with redis.pipeline(transaction=False) as pipeline:  # type: ignore[attr-defined]  # redis.asyncio.Redis

@@ -72,6 +72,7 @@ def _run(channel: CoreChannel) -> int:
             eos_token_ids=loaded.eos_token_ids,
             num_blocks=loaded.num_blocks,
             dtype=loaded.dtype,
+            max_num_rows=config.max_num_rows,
         )
     )
     loop.run()

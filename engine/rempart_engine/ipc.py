@@ -69,6 +69,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
     eos_token_ids: tuple[int, ...]
     num_blocks: int
     dtype: str
+    max_num_rows: int = 0
+    """Most sequences that run at once; 0 is not told."""
 
 
 class StepUpdate(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -150,4 +150,5 @@ def model_info_to_proto(model: Ready, engine_version: str) -> engine_pb2.ModelIn
         num_blocks=model.num_blocks,
         engine_version=engine_version,
         dtype=model.dtype,
+        max_num_rows=model.max_num_rows,
     )

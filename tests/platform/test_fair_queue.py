@@ -494,6 +494,86 @@ async def test_random_histories_keep_the_counts_true(redis: RedisClient, observe
     assert {name for name in left if not name.startswith(("inbox", "idle"))} == {"state", "routers", "service"}
 
 
+async def granted_in_order(queue: FairQueue, *requests: QueueRequest) -> list[str]:
+    """Ids in the order in which one row serves them, after one that holds it while they come."""
+    running = await queue.acquire(ask("running", "other"))
+    waiting = {request.request_id: await queue.enqueue(request) for request in requests}
+    ids = []
+    while waiting:
+        queue.release(running, SOME)
+        await queue.drain()
+        await queue.take_grants(MODEL, 5.0)
+        (name,) = (name for name, granted in waiting.items() if granted.done())
+        running = waiting.pop(name).result()
+        ids.append(name)
+    queue.release(running, SOME)
+    await queue.drain()
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"), [("fifo", ["r0", "r1", "r2", "r3", "r4"]), ("deadline", ["r1", "r3", "r2", "r4", "r0"])]
+)
+async def test_a_tenants_own_requests_come_by_arrival_or_by_deadline(
+    redis: RedisClient, observer: RecordingQueueObserver, order: str, expected: list[str]
+) -> None:
+    queue = queue_of(redis, observer, config=replace(CONFIG, order=order))  # type: ignore[arg-type]  # one of both
+    requests = [ask(f"r{number}", timeout_s=timeout_s) for number, timeout_s in enumerate((900, 100, 300, 200, 400))]
+    assert await granted_in_order(queue, *requests) == expected
+
+
+async def test_deadlines_order_no_tenant_before_another(redis: RedisClient, observer: RecordingQueueObserver) -> None:
+    queue = queue_of(redis, observer, config=replace(CONFIG, order="deadline"))
+    requests = [ask("a0", "a", timeout_s=900), ask("b0", "b", timeout_s=100), ask("b1", "b", timeout_s=50)]
+    assert await granted_in_order(queue, *requests) == ["a0", "b1", "b0"]
+
+
+async def test_one_that_holds_much_leaves_the_reserve_to_others_once_there_are_others(
+    redis: RedisClient, observer: RecordingQueueObserver
+) -> None:
+    queue = queue_of(redis, observer, Capacity(8, 10**6, reserved_rows=2))
+
+    async def granted(tenant: str, count: int) -> list[Place]:
+        """Of so many requests; those that would wait are taken back."""
+        requests = [ask(f"{tenant}-{number}", tenant) for number in range(count)]
+        asked = [await queue.enqueue(request) for request in requests]
+        places = [each.result() for each in asked if each.done()]
+        for request, each in zip(requests, asked, strict=True):
+            if not each.done():
+                queue._abandon(request)  # as when acquire is cancelled
+        await queue.drain()
+        return places
+
+    async def release(places: list[Place]) -> None:
+        for place in places:
+            queue.release(place, SOME)
+        await queue.drain()
+
+    alone = await granted("flood", 12)
+    assert len(alone) == 8
+    await release(alone)
+    await release(await granted("light", 1))
+    flood = await granted("flood", 12)
+    assert len(flood) == 6
+    light = await granted("light", 12)
+    assert len(light) == 2
+    await release(light[:1])
+    assert len(await granted("third", 3)) == 1
+    assert (await queue.snapshot(MODEL)).rows == 8
+
+
+async def test_tokens_are_reserved_as_rows_are(redis: RedisClient, observer: RecordingQueueObserver) -> None:
+    queue = queue_of(redis, observer, Capacity(100, 300, reserved_rows=5, reserved_tokens=60))
+    queue.release(await queue.acquire(ask("l", "light")), SOME)
+    queue.release(await queue.acquire(ask("f", "flood")), SOME)
+    await queue.drain()
+    flood = [await queue.enqueue(ask(f"flood-{number}", "flood")) for number in range(10)]
+    assert [each.done() for each in flood] == [True] * 8 + [False] * 2
+    assert (await queue.enqueue(ask("light", "light"))).done()
+    assert (await queue.enqueue(ask("light-2", "light"))).done()
+    assert not (await queue.enqueue(ask("light-3", "light"))).done()
+
+
 def test_keys_lie_in_one_slot_of_a_cluster_whatever_the_models_name() -> None:
     slots = set()
     for name in ("m", "vendor/model:tag", "{a}{b}", "ü {"):

@@ -16,6 +16,7 @@ from rempart_platform.tenancy.testing import own_redis
 
 MODEL = "m"
 ROWS, TOKENS_PER_S = 8, 1250.0  # a row; 10,000 of all
+ROOM = Capacity(ROWS, 10**9)
 CONFIG = QueueConfig(output_weight=2.0, ageing_s=3600.0, lease_s=3600.0, capacity_s=3600.0)
 
 
@@ -25,9 +26,10 @@ async def redis() -> AsyncIterator[RedisClient]:
         yield client
 
 
-def queues_of(redis: RedisClient, count: int, config: QueueConfig = CONFIG) -> list[FairQueue]:
+def queues_of(
+    redis: RedisClient, count: int, config: QueueConfig = CONFIG, capacity: Capacity = ROOM
+) -> list[FairQueue]:
     """Of that many routers."""
-    capacity = Capacity(ROWS, 10**9)
     return [FairQueue(redis, config, RecordingQueueObserver(), lambda model: capacity) for _ in range(count)]
 
 
@@ -121,6 +123,42 @@ async def test_a_light_tenant_beside_a_flood_gets_the_next_row_that_is_free(redi
             await engines.step()
         overtaken.append(engines.granted_tenants[num_before:].index("light"))
     assert max(overtaken) == 0
+
+
+async def times_to_first_token(redis: RedisClient, capacity: Capacity, num_flooding: int) -> list[float]:
+    """Of a tenant that asks now and then, in order of length: its waits and the prefill of its prompts of 500 tokens.
+
+    Beside it, one keeps so many requests waiting or running.
+    """
+    queues = queues_of(redis, 3, capacity=capacity)
+    engines = SimulatedEngines(queues, MODEL, TOKENS_PER_S)
+    load = Load(engines, seed=8)
+    prefill_s, num_asked = 500 / TOKENS_PER_S, 0
+    for number in range(num_flooding):
+        await load.bring(queues[number % 2], "flood", (10, 4000), overestimate=2.0)
+    for _ in range(300):
+        # Half of its share: about one of eight rows.
+        await engines.run_until(engines.now_s + 1.5)
+        num_ended = sum(service.tenant == "flood" for service in engines.served)
+        while num_flooding and num_asked < num_ended:
+            await load.bring(queues[num_asked % 2], "flood", (10, 4000), overestimate=2.0)
+            num_asked += 1
+        await load.bring(queues[2], "light", (500, 500))
+    while engines.now_s < 1e6 and sum(service.tenant == "light" for service in engines.served) < 300:
+        assert await engines.step()
+    return sorted(service.waited_s + prefill_s for service in engines.served if service.tenant == "light")
+
+
+@pytest.mark.parametrize(("reserved_rows", "is_kept"), [(2, True), (0, False)])
+async def test_a_light_tenant_sees_its_first_token_beside_a_flood_as_if_alone(
+    redis: RedisClient, reserved_rows: int, is_kept: bool
+) -> None:
+    capacity = Capacity(ROWS, 10**9, reserved_rows)
+    alone = await times_to_first_token(redis, capacity, num_flooding=0)
+    await redis.call(lambda each: each.flushall())
+    beside = await times_to_first_token(redis, capacity, num_flooding=20 * ROWS // 2)
+    p99 = 0.99 * len(alone)
+    assert (beside[int(p99)] <= 1.2 * alone[int(p99)]) is is_kept, "and it is the reserve that does it"
 
 
 async def test_an_idle_tenant_saves_nothing_up(redis: RedisClient) -> None:

@@ -14,6 +14,8 @@ class EndpointModel:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     block_size: int
+    max_num_rows: int = 0
+    """Most sequences that the engine runs at once; 0 when it does not say."""
 
     @staticmethod
     def from_proto(info: engine_pb2.ModelInfo) -> "EndpointModel":
@@ -23,6 +25,7 @@ class EndpointModel:
             vocab_size=info.vocab_size,
             eos_token_ids=tuple(info.eos_token_ids),
             block_size=info.block_size,
+            max_num_rows=info.max_num_rows,
         )
 
 

@@ -73,6 +73,7 @@ class _Choice:
     index: int
     prompt_hash: int
     deadline_s: float
+    arrival: int
     is_first: bool = True
 
 
@@ -91,6 +92,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
     Args:
         info: what GetModelInfo tells.
         step_s: pause between steps; each step brings every running choice one token.
+        rows: the most choices that run at once, in order of arrival; the others wait. None: all run.
         token: the model, instead of the hash.
         faults: what goes wrong; may be replaced while it runs.
     """
@@ -100,16 +102,20 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         info: engine_pb2.ModelInfo | None = None,
         *,
         step_s: float = 0.001,
+        rows: int | None = None,
         token: TokenFunction | None = None,
         faults: Faults = Faults(),
     ) -> None:
         self.info = info if info is not None else fake_model_info()
+        if rows is not None:
+            self.info.max_num_rows = rows
         self.faults = faults
         self.step_s = step_s
         self.started: list[engine_pb2.GenerateRequest] = []
         self.aborted_ids: list[str] = []
         self.is_draining = False
         self.address = ""
+        self._rows = rows
         self._token = token
         self._sessions: list[_Session] = []
         self._num_steps = 0
@@ -122,6 +128,11 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
     def num_running(self) -> int:
         """Requests running now."""
         return sum(len(session.running) for session in self._sessions)
+
+    @property
+    def num_sessions(self) -> int:
+        """Routers that are connected."""
+        return len(self._sessions)
 
     async def wait_for(self, predicate: Callable[[], bool], timeout_s: float = 10.0) -> None:
         """Waits until something holds for this engine. Raises TimeoutError."""
@@ -245,7 +256,8 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         deadline_s = now + request.timeout_s if request.HasField("timeout_s") else math.inf
         prompt = _prompt_hash(request)
         session.running[request.request_id] = [
-            _Choice(request, choice, request.num_emitted_tokens, prompt, deadline_s) for choice in range(num_choices)
+            _Choice(request, choice, request.num_emitted_tokens, prompt, deadline_s, len(self.started))
+            for choice in range(num_choices)
         ]
 
     async def _pause(self, session: _Session) -> None:
@@ -262,10 +274,11 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
     def _step(self, session: _Session) -> Sequence[engine_pb2.TokenEvent]:
         self._num_steps += 1
         events, session.refused = session.refused, []
+        running = self._running()
         now = asyncio.get_running_loop().time()
         for request_id, choices in list(session.running.items()):
             for choice in list(choices):
-                event = self._advance(choice, now)
+                event = self._advance(choice, now) if running is None or id(choice) in running else None
                 if event is None:
                     continue
                 events.append(event)
@@ -321,10 +334,19 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
             event.finish_reason = sampling_pb2.FINISH_REASON_LENGTH
         return event
 
+    def _running(self) -> set[int] | None:
+        """Which choices have a row, by identity; None when all have."""
+        if self._rows is None:
+            return None
+        choices = [choice for session in self._sessions for of in session.running.values() for choice in of]
+        return {id(choice) for choice in sorted(choices, key=lambda choice: choice.arrival)[: self._rows]}
+
     def _load(self) -> engine_pb2.EngineLoad:
-        num_running = sum(len(choices) for session in self._sessions for choices in session.running.values())
+        num_here = sum(len(choices) for session in self._sessions for choices in session.running.values())
+        num_running = num_here if self._rows is None else min(num_here, self._rows)
         return engine_pb2.EngineLoad(
             num_running=num_running,
+            num_waiting=num_here - num_running,
             num_blocks=self.info.num_blocks,
             num_free_blocks=max(self.info.num_blocks - num_running, 0),
             num_steps=self._num_steps,

@@ -6,8 +6,9 @@
        └─► too many wait: refused
 
 Classes are served in order, and age. Inside a class, the tenant with the lowest virtual time is next, which is what it
-was served in tokens per weight (start-time fair queueing); requests of a tenant come in order of arrival. A request is
-charged its worst case when it is granted, and the truth when it ends.
+was served in tokens per weight (start-time fair queueing); requests of a tenant come in order of arrival, or of their
+deadlines. A request is charged its worst case when it is granted, and the truth when it ends. Where several tenants are
+served, some of the room is kept for those that hold little of it: they need not wait until another's request ends.
 
 Every transition is one Lua script that runs as a whole, by the server's clock, in time that grows with the logarithm of
 what waits. Grants come over a list of each router; what is lost on that way, a steady look at all leases finds again.
@@ -419,8 +420,8 @@ class FairQueue:
         config, request = self._config, entry.request
         left_s = max(request.timeout_s - (self._clock() - entry.entered_s), 0.0)
         limits = (2**53, 2**53) if is_restored else (config.max_waiting, config.max_waiting_per_tenant)
-        args = self._args(request)
-        return (*args, _microseconds(left_s), *self._seen(request.model), _microseconds(config.ageing_s), *limits)
+        args = (*self._args(request), _microseconds(left_s), *self._seen(request.model))
+        return (*args, _microseconds(config.ageing_s), *limits, config.order)
 
     def _args(self, request: QueueRequest) -> tuple[str | int | float, ...]:
         usage = Usage(request.num_prompt_tokens, request.num_output_tokens)
@@ -428,9 +429,10 @@ class FairQueue:
         flow = (int(request.service_tier), request.tenant, request.weight, charge)
         return (request.request_id, self._router, *flow, request.num_rows, request.num_tokens)
 
-    def _seen(self, model: str) -> tuple[int, int, int]:
-        capacity = self._capacity(model)
-        return capacity.rows, capacity.tokens, _microseconds(self._config.capacity_s)
+    def _seen(self, model: str) -> tuple[int, int, int, int, int]:
+        seen = self._capacity(model)
+        lasts_us = _microseconds(self._config.capacity_s)
+        return seen.rows, seen.tokens, seen.reserved_rows, seen.reserved_tokens, lasts_us
 
     async def _run(self, room: _Room, script: Script, *args: str | int | float) -> ScriptReply:
         return await self._redis.run_script(

@@ -3,15 +3,16 @@
 Keys of one model share the hash tag `{model:<name>}`, in which the name is percent-encoded and so holds no braces.
 Sorted sets "by name" have equal scores. Before each: rempart:{model:<name>}.
 
-    :queue:state           hash    room in the engines, what is granted of it, floors, counters, sums
+    :queue:state           hash    room in the engines, what of it is reserved and granted, floors, counters, sums
     :queue:waiting         hash    request id → entry (MessagePack)
-    :queue:order           zset    "<class><tenant> <number> <request id>", by name
+    :queue:order           zset    "<class><tenant> <rank> <request id>", by name
     :queue:ages            zset    request id → when it counts as the class above, µs
     :queue:routers         zset    router → until when it is known to live, µs
     :queue:owned           zset    "<router> w <request id>", "<router> g <request id> <fence>"; by name
     :queue:leases          hash    request id → entry that was granted (MessagePack)
     :queue:service         hash    tenant → tokens per weight in this minute
-    :queue:running         hash    "<class><tenant> " → charge of its leases, per weight
+    :queue:running         hash    "<class><tenant> " → charge of its leases, per weight; "rows <tenant>",
+                                   "tokens <tenant>" → what all its leases hold
     :queue:inbox:<router>  list    "<request id> <fence>" of grants that the router has not taken yet
     :queue:ready:<class>   zset    tenants with entries → virtual time
     :queue:idle:<class>    zset    tenants without that are ahead of the floor → virtual time

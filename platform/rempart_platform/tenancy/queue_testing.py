@@ -54,9 +54,14 @@ class Service:
     """A request that ran, in simulated time."""
 
     tenant: str
+    asked_s: float
     began_s: float
     ended_s: float
     tokens: float
+
+    @property
+    def waited_s(self) -> float:
+        return self.began_s - self.asked_s
 
     def tokens_within(self, start_s: float, end_s: float) -> float:
         """Those that were served in a window; a request is served evenly over its time."""
@@ -87,7 +92,8 @@ class SimulatedEngines:
     async def ask(self, queue: FairQueue, request: QueueRequest, usage: Usage, tokens: float) -> None:
         """Brings a request that will use so much, and be charged `tokens` for it."""
         granted = await queue.enqueue(request)
-        granted.add_done_callback(functools.partial(self._start, queue, usage, tokens))
+        granted.add_done_callback(functools.partial(self._start, queue, usage, tokens, self.now_s))
+        await asyncio.sleep(0)  # callbacks of what was granted at once
 
     async def step(self) -> bool:
         """Lets the request end that is the first to end, and grants what then has room. False when none runs."""
@@ -103,6 +109,12 @@ class SimulatedEngines:
         await asyncio.sleep(0)
         return True
 
+    async def run_until(self, at_s: float) -> None:
+        """Lets time pass, and all end that does before."""
+        while self._running and self._running[0][0] <= at_s:
+            await self.step()
+        self.now_s = at_s
+
     def tokens_by_tenant(self, start_s: float, end_s: float) -> dict[str, float]:
         """Served in a window, to everyone who was served at all."""
         totals = dict.fromkeys((service.tenant for service in self.served), 0.0)
@@ -110,13 +122,15 @@ class SimulatedEngines:
             totals[service.tenant] += service.tokens_within(start_s, end_s)
         return totals
 
-    def _start(self, queue: FairQueue, usage: Usage, tokens: float, granted: "asyncio.Future[Place]") -> None:
+    def _start(
+        self, queue: FairQueue, usage: Usage, tokens: float, asked_s: float, granted: "asyncio.Future[Place]"
+    ) -> None:
         place, began_s = granted.result(), self.now_s
         ended_s = began_s + tokens / self._tokens_per_s
         self.granted_tenants.append(place.request.tenant)
 
         def end() -> None:
-            self.served.append(Service(place.request.tenant, began_s, ended_s, tokens))
+            self.served.append(Service(place.request.tenant, asked_s, began_s, ended_s, tokens))
             queue.release(place, usage)
 
         self._num_started += 1

@@ -18,6 +18,8 @@ class QueueConfig:
 
     mode: Literal["fair", "off"] = "fair"
     """"off" hands every request to an engine at once."""
+    order: Literal["fifo", "deadline"] = "fifo"
+    """Of one tenant's requests in one class: by arrival, or by the end of their time-outs and then by arrival."""
     max_waiting: int = 10_000
     """Of one model, all tenants together."""
     max_waiting_per_tenant: int = 2000

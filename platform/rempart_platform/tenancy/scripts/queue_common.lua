@@ -2,9 +2,11 @@
 -- Times are microseconds of this server's clock; virtual times are tokens served per unit of weight.
 --
 --   entry  = a request that waits, in the flow of its class and tenant
---   flow   = first in, first out; `order` holds all flows in one sorted set, by name: "<class><tenant> <number> <id>"
+--   flow   = in order of rank: of arrival, or of deadlines and then arrival; `order` holds all flows in one sorted set, by
+--            name: "<class><tenant> <rank> <id>"
 --   ready  = flows with entries, by their virtual time; idle = flows without, that still are ahead of the floor
---   lease  = a request that was granted and has not ended; running = what leases of a flow were charged, per weight
+--   lease  = a request that was granted and has not ended; running = what leases of a flow were charged, per weight, and
+--            rows and tokens of all leases of a tenant
 local state_key, waiting_key, order_key, ages_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local routers_key, owned_key, leases_key, service_key = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local running_key = KEYS[9]
@@ -40,8 +42,14 @@ local function flow(class, tenant)
   return class .. tenant .. ' '
 end
 
+-- Where a request is in its flow: digits that sort by name.
+local function rank(order, deadline_us, number)
+  local arrival = string.format('%016.0f', number)
+  return order == 'deadline' and string.format('%016.0f', deadline_us) .. arrival or arrival
+end
+
 local function place_in_order(id, entry)
-  return flow(entry.class, entry.tenant) .. string.format('%016.0f', entry.number) .. ' ' .. id
+  return flow(entry.class, entry.tenant) .. entry.rank .. ' ' .. id
 end
 
 -- No name of a tenant holds what sorts between ' ' and '!'.
@@ -136,8 +144,23 @@ local function count_running(entry, sign)
   end
 end
 
+-- No class is called so.
+local function holdings(tenant)
+  return { 'rows ' .. tenant, 'tokens ' .. tenant }
+end
+
+local function count_holdings(entry, sign)
+  local fields = holdings(entry.tenant)
+  for i, amount in ipairs({ entry.rows, entry.tokens }) do
+    if redis.call('HINCRBY', running_key, fields[i], integer(sign * amount)) <= 0 then
+      redis.call('HDEL', running_key, fields[i])
+    end
+  end
+end
+
 local function hold_lease(id, entry)
   count_running(entry, 1)
+  count_holdings(entry, 1)
   redis.call('HSET', leases_key, id, cmsgpack.pack(entry))
   redis.call('ZADD', owned_key, 0, entry.router .. ' g ' .. id .. ' ' .. integer(entry.fence))
   redis.call('HINCRBY', state_key, 'rows', integer(entry.rows))
@@ -146,6 +169,7 @@ end
 
 local function end_lease(id, entry)
   count_running(entry, -1)
+  count_holdings(entry, -1)
   redis.call('HDEL', leases_key, id)
   redis.call('ZREM', owned_key, entry.router .. ' g ' .. id .. ' ' .. integer(entry.fence))
   redis.call('HINCRBY', state_key, 'rows', integer(-entry.rows))
@@ -174,7 +198,7 @@ local function count_service(entry, charge)
     local sum, squares, count = state('service'), state('service_squares'), redis.call('HLEN', service_key)
     local jain = squares > 0 and sum * sum / (count * squares) or 1
     redis.call('UNLINK', service_key)
-    redis.call('HSET', state_key, 'service', 0, 'service_squares', 0, 'jain', exact(jain))
+    redis.call('HSET', state_key, 'service', 0, 'service_squares', 0, 'jain', exact(jain), 'tenants', count)
     redis.call('HSET', state_key, 'service_end', integer(now_us + SERVICE_WINDOW_US))
   end
   local share = charge / entry.weight
@@ -185,20 +209,48 @@ local function count_service(entry, charge)
 end
 
 -- What the engines take, as the router sees it that calls; its sight counts until it is old. 0 rows: it sees none.
-local function tell_capacity(rows, tokens, lasts_us)
+-- ARGV: rows and tokens; those of them that are reserved; lasts_us
+local function tell_capacity(first)
+  local rows, tokens, lasts_us = tonumber(ARGV[first]), tonumber(ARGV[first + 1]), tonumber(ARGV[first + 4])
   if rows > 0 then
-    redis.call('HSET', state_key, 'max_rows', rows, 'max_tokens', tokens, 'seen_until', integer(now_us + lasts_us))
+    redis.call(
+      'HSET', state_key, 'max_rows', rows, 'max_tokens', tokens, 'reserved_rows', ARGV[first + 2],
+      'reserved_tokens', ARGV[first + 3], 'seen_until', integer(now_us + lasts_us)
+    )
   end
 end
 
--- Whether an entry has room. What is larger than everything has it when nothing else runs.
+-- Whether several tenants were served in this window or the last. One that is alone leaves no reserve for others.
+local function is_shared()
+  return redis.call('HLEN', service_key) > 1 or state('tenants') > 1
+end
+
+-- Whether an entry has room. What is larger than everything has it when nothing else runs. The reserve is for tenants
+-- that hold no more than it: so one that floods leaves room for one that comes now and then.
 local function has_room(entry)
-  local told = redis.call('HMGET', state_key, 'max_rows', 'max_tokens', 'seen_until', 'rows', 'tokens')
-  local rows, tokens = tonumber(told[4] or '0'), tonumber(told[5] or '0')
-  if tonumber(told[3] or '0') <= now_us then
+  local told = redis.call(
+    'HMGET', state_key, 'seen_until', 'rows', 'max_rows', 'reserved_rows', 'tokens', 'max_tokens', 'reserved_tokens'
+  )
+  for i = 1, #told do
+    told[i] = tonumber(told[i] or '0')
+  end
+  local seen_until, rows, max_rows, reserved_rows, tokens, max_tokens, reserved_tokens = unpack(told)
+  if seen_until <= now_us then
     return false
   end
-  return rows == 0 or (rows + entry.rows <= tonumber(told[1]) and tokens + entry.tokens <= tonumber(told[2]))
+  if rows == 0 then
+    return true
+  end
+  rows, tokens = rows + entry.rows, tokens + entry.tokens
+  if rows > max_rows or tokens > max_tokens then
+    return false
+  end
+  if (rows <= max_rows - reserved_rows and tokens <= max_tokens - reserved_tokens) or not is_shared() then
+    return true
+  end
+  local held = redis.call('HMGET', running_key, unpack(holdings(entry.tenant)))
+  return (rows <= max_rows - reserved_rows or tonumber(held[1] or '0') + entry.rows <= reserved_rows)
+    and (tokens <= max_tokens - reserved_tokens or tonumber(held[2] or '0') + entry.tokens <= reserved_tokens)
 end
 
 -- Begins the lease of a request, charged at `start`. Returns the virtual time of its flow from now on.

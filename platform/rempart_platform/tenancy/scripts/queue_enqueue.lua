@@ -1,6 +1,7 @@
 -- Grants a request at once when nothing waits and there is room; else it waits, or is refused when too many do.
 -- ARGV: id, router, class, tenant, weight, charge, rows, tokens, timeout_us,
---       capacity: rows, tokens, lasts_us; age_us, most that may wait: of all, of the tenant
+--       capacity: rows, tokens, reserved rows, reserved tokens, lasts_us; age_us, most that may wait: of all, of the
+--       tenant; order inside a flow: 'fifo' or 'deadline'
 -- Reply: outcome, fence, requests ahead, estimate of the wait in us, entries and leases swept
 --   outcome: 'granted', 'waiting', 'unknown' (the router must renew first), 'full' or 'tenant_full'
 local id, router = ARGV[1], ARGV[2]
@@ -8,12 +9,12 @@ local entry = {
   class = tonumber(ARGV[3]), tenant = ARGV[4], weight = tonumber(ARGV[5]), charge = tonumber(ARGV[6]),
   rows = tonumber(ARGV[7]), tokens = tonumber(ARGV[8]), deadline = now_us + tonumber(ARGV[9]), router = router,
 }
-local age_us, max_waiting, max_waiting_of_tenant = tonumber(ARGV[13]), tonumber(ARGV[14]), tonumber(ARGV[15])
+local age_us, max_waiting, max_waiting_of_tenant = tonumber(ARGV[15]), tonumber(ARGV[16]), tonumber(ARGV[17])
 
 if not is_living(router) then
   return { 'unknown', 0, 0, 0, 0 }
 end
-tell_capacity(tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12]))
+tell_capacity(10)
 local num_swept = sweep()
 promote(age_us)
 
@@ -50,7 +51,7 @@ if refusal() then
   end
 end
 
-entry.number = redis.call('HINCRBY', state_key, 'number', 1)
+entry.rank = rank(ARGV[18], entry.deadline, redis.call('HINCRBY', state_key, 'number', 1))
 enter(id, entry, age_us)
 redis.call('ZADD', owned_key, 0, router .. ' w ' .. id)
 dispatch()
