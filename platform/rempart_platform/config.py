@@ -24,6 +24,7 @@ from rempart_platform.aliases import Alias, parse_alias
 from rempart_platform.apis.grpc_limits import GrpcLimits
 from rempart_platform.apis.http_limits import HttpLimits
 from rempart_platform.audit.values import AuditConfig
+from rempart_platform.batch.config import BatchConfig
 from rempart_platform.chat.format import CHAT_FORMATS
 from rempart_platform.endpoints.pick import PickConfig
 from rempart_platform.endpoints.session import SessionConfig
@@ -90,6 +91,7 @@ class RouterConfig:
     pick: PickConfig = PickConfig()
     quota: QuotaConfig = QuotaConfig()
     queue: QueueConfig = QueueConfig()
+    batch: BatchConfig = BatchConfig()
     audit: AuditConfig = AuditConfig()
 
     def __post_init__(self) -> None:

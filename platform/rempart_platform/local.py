@@ -9,9 +9,11 @@ Signals reach this process alone; it ends the others in order. Should it be kill
 """
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rempart_platform.admin_client import open_admin
 from rempart_platform.child_process import ChildObserver, Children
@@ -91,9 +93,9 @@ class LocalPlatform:
         refusal = await self._refusal(stop)
         if refusal is not None or stop.drain.is_set():
             return refusal
-        async with embedded_redis(EmbeddedRedisConfig()) as redis, asyncio.TaskGroup() as tasks:
+        async with _state() as (redis, batch_folder), asyncio.TaskGroup() as tasks:
             engines, router = Children(tasks, self._observer), Children(tasks, self._observer)
-            serving = tasks.create_task(self._serve(redis, engines, router, announce))
+            serving = tasks.create_task(self._serve(redis, batch_folder, engines, router, announce))
             deaths = [tasks.create_task(_first_death(children)) for children in (engines, router)]
             deaths.append(tasks.create_task(_redis_death(redis)))
             asked = tasks.create_task(stop.drain.wait())
@@ -130,6 +132,7 @@ class LocalPlatform:
     async def _serve(
         self,
         redis: EmbeddedRedis,
+        batch_folder: Path,
         engines: Children,
         router: Children,
         announce: Callable[[RunningPlatform], None],
@@ -141,7 +144,7 @@ class LocalPlatform:
         ]
         ready = [await engine.wait_until_ready() for engine in started]
         addresses = tuple(engine.address for engine in ready)
-        command = router_command(config, addresses, redis.url, own_secrets, self._environ)
+        command = router_command(config, addresses, redis.url, batch_folder, own_secrets, self._environ)
         at = await (await router.start(command)).wait_until_ready()
         async with open_admin(at.grpc, own_secrets.admin_key) as admin:
             await admin.create_tenant(DEMO_TENANT)
@@ -158,6 +161,14 @@ class LocalPlatform:
                 admin_key=own_secrets.admin_key,
             )
         )
+
+
+@asynccontextmanager
+async def _state() -> AsyncIterator[tuple[EmbeddedRedis, Path]]:
+    """All that the platform remembers, for as long as it runs: Redis, and a folder for files of batch jobs."""
+    with tempfile.TemporaryDirectory(prefix="rempart-batch-", ignore_cleanup_errors=True) as folder:
+        async with embedded_redis(EmbeddedRedisConfig()) as redis:
+            yield redis, Path(folder)
 
 
 async def _first_death(children: Children) -> str:

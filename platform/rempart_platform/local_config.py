@@ -149,7 +149,12 @@ def engine_command(config: LocalConfig, number: int, environ: Mapping[str, str])
 
 
 def router_command(
-    config: LocalConfig, engines: Sequence[str], redis_url: str, own_secrets: LocalSecrets, environ: Mapping[str, str]
+    config: LocalConfig,
+    engines: Sequence[str],
+    redis_url: str,
+    batch_folder: Path,
+    own_secrets: LocalSecrets,
+    environ: Mapping[str, str],
 ) -> ChildCommand:
     """The router over the engines at these addresses."""
     args = {
@@ -158,6 +163,7 @@ def router_command(
         "--host": HOST,
         **{flag: str(port) for flag, port in config.ports.items()},
         "--redis-timeout-s": _REDIS_TIMEOUT_S,
+        "--batch-store": batch_folder.absolute().as_uri(),
         "--log-level": config.log_level,
     }
     own_environ = {

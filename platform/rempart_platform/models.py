@@ -50,6 +50,10 @@ class ModelCatalog:
             message = f"The model `{name[:100]}` does not exist or you do not have access to it."
             raise RempartError(ErrorKind.MODEL_NOT_FOUND, message, param="model") from None
 
+    def has(self, name: str) -> bool:
+        """Whether `get` finds it."""
+        return name in self._models or name in self._aliases
+
     def put(self, model: ServedModel) -> None:
         """Serves the model from now on, instead of one of the same name."""
         self._models[model.name] = model

@@ -15,9 +15,12 @@ from prometheus_client import CollectorRegistry
 from rempart_platform.apis.admin import AdminServicer
 from rempart_platform.apis.batch_grpc import BatchesServicer
 from rempart_platform.apis.grpc import InferenceServicer
+from rempart_platform.apis.line_runner import OnlineLineRunner
 from rempart_platform.apis.openai import build_app
 from rempart_platform.apis.services import ApiServices
 from rempart_platform.audit.log import AuditLog, open_audit_log
+from rempart_platform.batch.callers import BatchCallers
+from rempart_platform.batch.service import BatchService
 from rempart_platform.config import RouterConfig, RouterSecrets, config_digest
 from rempart_platform.dispatcher import DispatchConfig, Dispatcher
 from rempart_platform.endpoints.capacity import Capacity, capacity_of
@@ -79,6 +82,7 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
         dispatch = DispatchConfig(
             secrets.cache_secret, max_attempts=config.max_attempts, default_timeout_s=config.default_timeout_s
         )
+        batch = BatchService(redis, config.batch, registry) if config.batch.store else None
         services = ApiServices(
             authenticator=StandingAuthenticator(Authenticator(keys, hasher), standings),
             catalog=catalog,
@@ -94,6 +98,9 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
             limits=config.limits,
             http=config.http,
             is_ready=readiness.is_ready,
+            files=batch.files if batch is not None else None,
+            batches=batch.batches if batch is not None else None,
+            batch_limits=config.batch.limits,
         )
         admin = _build_admin(redis, keys, secrets, audit)
         inference = InferenceServicer(services, config.grpc)
@@ -102,6 +109,9 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
         await stack.enter_async_context(_running(pool.run(), readiness.run(redis), loop_lag.watch()))
         http, http_url = await stack.enter_async_context(http_server(build_app(services), config))
         grpc_address = await stack.enter_async_context(grpc_server(inference, batches, admin, readiness, config))
+        if batch is not None:
+            runner = OnlineLineRunner(services, BatchCallers(keys, standings))
+            await stack.enter_async_context(batch.working(runner, catalog.has))
         line = {"ready": True, "http": http_url, "grpc": grpc_address, "metrics": metrics_url}
         async with _running(_announce_when_ready(readiness, announce, line)):
             await stop.wait()

@@ -86,7 +86,7 @@ class GenerationEndpoint:
     async def _answer(self, prepared: Prepared, exchange: "_Exchange") -> None:
         try:
             async with self._services.dispatcher.admit(prepared.request) as generation:
-                events = [event async for event in _with_preface(prepared, generation.events())]
+                events = [event async for event in with_preface(prepared, generation.events())]
                 headers = dict(generation.headers)
         except RempartError as error:
             await exchange.respond(error_response(error))
@@ -98,7 +98,7 @@ class GenerationEndpoint:
         try:
             async with self._services.dispatcher.admit(prepared.request) as generation:
                 stream.open(generation.headers)
-                async for event in _with_preface(prepared, generation.events()):
+                async for event in with_preface(prepared, generation.events()):
                     chunk = prepared.renderer.chunk(event)
                     if chunk:
                         await stream.write(chunk)
@@ -123,7 +123,7 @@ class _Exchange:
         await response(self.scope, self.receive, self.send)
 
 
-async def _with_preface(prepared: Prepared, events: AsyncIterator[GenerationEvent]) -> AsyncIterator[GenerationEvent]:
+async def with_preface(prepared: Prepared, events: AsyncIterator[GenerationEvent]) -> AsyncIterator[GenerationEvent]:
     """The preface comes with the first event: until then, the request may still fail with a status of its own."""
     preface = prepared.preface
     async for event in events:

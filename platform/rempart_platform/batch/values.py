@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+from rempart_platform.errors import RempartError
 from rempart_platform.generation import Caller
 
 
@@ -106,6 +107,29 @@ class BatchLimits:
     file_lifetime_s: int = 30 * 24 * 3600
     """For how long files are kept that name no expiry of their own; 0 for ever."""
     max_completion_window_s: int = 7 * 24 * 3600
+    max_custom_id_chars: int = 512
+    max_input_errors: int = 100
+    """That a refused batch names; checking ends there."""
+
+
+@dataclass(frozen=True, slots=True)
+class LineAnswer:
+    """What an online request with a line's body would have been answered."""
+
+    status_code: int
+    request_id: str
+    body: bytes
+    """JSON."""
+    error: RempartError | None = None
+    """None for success."""
+
+
+class LineRunner(Protocol):
+    """Runs single lines as online requests are run, at the batch tier."""
+
+    async def __call__(self, caller: Caller, endpoint: str, body: bytes) -> LineAnswer:
+        """Never raises for what a client could be told. Cancelling it ends the request."""
+        ...
 
 
 class Files(Protocol):

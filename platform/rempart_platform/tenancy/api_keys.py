@@ -257,6 +257,11 @@ def is_key_id(text: str) -> bool:
     return _KEY_ID.fullmatch(text) is not None
 
 
+def is_key_id(text: str) -> bool:
+    """Whether a caller's `key_id` is that of a key of ours."""
+    return _KEY_ID.fullmatch(text) is not None
+
+
 def _expiry(stored: Mapping[str, str]) -> int:
     return int(stored.get("expires_s", "0"))
 

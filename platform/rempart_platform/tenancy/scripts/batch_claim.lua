@@ -1,0 +1,57 @@
+-- Gives a worker one task: of the tenant whose turn it is, of its oldest job that has one, first what another worker
+-- holds no longer. Looks at few tenants and jobs, and gives each tenant that it looked at a later turn.
+-- ARGV: worker, lease_ms, the most deliveries, then "<tenant> <model>" of whom the worker takes no more
+-- Reply: nothing, or job, task, entry, token, and how often it was delivered since a line of it was answered
+local MAX_TENANTS, MAX_JOBS = 16, 8
+local worker, lease_ms, most = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local is_full = {}
+for i = 4, #ARGV do
+  is_full[ARGV[i]] = true
+end
+
+local function unheld_entry(work)
+  local pending = redis.pcall('XPENDING', work, GROUP, 'IDLE', lease_ms, '-', '+', 1)
+  if pending.err then
+    return nil, true
+  end
+  local claimed = pending[1] and redis.call('XCLAIM', work, GROUP, worker, lease_ms, pending[1][1])
+  if claimed and claimed[1] then
+    return claimed[1]
+  end
+  local read = redis.call('XREADGROUP', 'GROUP', GROUP, worker, 'COUNT', 1, 'STREAMS', work, '>')
+  return read and read[1][2][1]
+end
+
+local function take(job)
+  local entry, has_no_group = unheld_entry(key('work', job))
+  if has_no_group then
+    ensure_group(job)
+    entry = unheld_entry(key('work', job))
+  end
+  return entry
+end
+
+for _, tenant in ipairs(redis.call('ZRANGE', key('turns'), 0, MAX_TENANTS - 1)) do
+  redis.call('ZADD', key('turns'), next_number('turn'), tenant)
+  local num_looked = 0
+  for _, job in ipairs(redis.call('ZRANGE', key('open', tenant), 0, -1)) do
+    if not is_full[tenant .. ' ' .. (job_field(job, 'model') or '')] then
+      local entry = take(job)
+      if entry then
+        local task = entry[2][2]
+        local token = worker .. ':' .. redis.call('HINCRBY', key('job', job), 'fence', 1)
+        local deliveries = redis.call('HINCRBY', key('tasks', job), task .. ' deliveries', 1)
+        redis.call('HSET', key('tasks', job), task .. ' holder', token)
+        if deliveries == most + 1 then
+          redis.call('XADD', key('dead'), '*', 'job', job, 'task', task, 'tenant', tenant)
+        end
+        return { job, task, entry[1], token, deliveries }
+      end
+      num_looked = num_looked + 1
+      if num_looked == MAX_JOBS then
+        break
+      end
+    end
+  end
+end
+return {}

@@ -1,0 +1,13 @@
+-- Gives a task back undone: another worker may have it at once, and it counts as never delivered.
+-- ARGV: job, task, token, entry, worker, lease_ms
+-- Reply: 1, or 0 when another worker has it
+local job, task, token, entry, worker, lease_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+if not holds(job, task, token) then
+  return { 0 }
+end
+redis.call('XCLAIM', key('work', job), GROUP, worker, 0, entry, 'IDLE', lease_ms, 'JUSTID')
+redis.call('HDEL', key('tasks', job), task .. ' holder')
+if tonumber(task_field(job, task, 'deliveries') or '0') > 0 then
+  redis.call('HINCRBY', key('tasks', job), task .. ' deliveries', -1)
+end
+return { 1 }
