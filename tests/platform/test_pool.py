@@ -3,15 +3,18 @@
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
+import grpc
+import grpc.aio
 import pytest
 
 from rempart_platform.endpoints.load import EndpointState
 from rempart_platform.endpoints.pick import PickConfig, PickRequest
 from rempart_platform.endpoints.pool import EnginePool
 from rempart_platform.endpoints.session import SessionConfig
+from rempart_platform.endpoints.source import EndpointSet, EndpointSource
 from rempart_platform.endpoints.static import StaticSource
 from rempart_platform.endpoints.testing import FakeEngine, Faults
 from rempart_platform.errors import ErrorKind, RempartError
@@ -24,11 +27,11 @@ UNAVAILABLE = RempartError(ErrorKind.UNAVAILABLE, "No.")
 class Rig:
     """A pool whose clock stands still until it is told."""
 
-    def __init__(self, engines: tuple[FakeEngine, ...], picking: PickConfig) -> None:
+    def __init__(self, engines: tuple[FakeEngine, ...], picking: PickConfig, source: EndpointSource | None) -> None:
         self.engines = engines
         self.now_s = 100.0
         self._changed = asyncio.Event()
-        source = StaticSource(engine.address for engine in engines)
+        source = source or StaticSource(engine.address for engine in engines)
         session = SessionConfig(backoff_initial_s=0.01, backoff_max_s=0.05)
         self.pool = EnginePool(
             source, session, random.Random(1), self._change, picking=picking, clock=lambda: self.now_s
@@ -74,18 +77,27 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(num_engines: int, picking: PickConfig = DEFAULT) -> AsyncIterator[Rig]:
+async def rig(
+    num_engines: int, picking: PickConfig = DEFAULT, source: EndpointSource | None = None
+) -> AsyncIterator[Rig]:
+    """Waits for all engines, unless a source is yet to tell them."""
     async with AsyncExitStack() as stack:
         engines = tuple([await stack.enter_async_context(FakeEngine()) for _ in range(num_engines)])
-        built = Rig(engines, picking)
+        built = Rig(engines, picking, source)
         running = asyncio.create_task(built.pool.run())
         try:
-            await built.wait_for(lambda states: [state.is_ready for state in states] == [True] * num_engines)
+            if source is None:
+                await built.wait_for(lambda states: [state.is_ready for state in states] == [True] * num_engines)
             yield built
         finally:
             running.cancel()
             with suppress(asyncio.CancelledError):
                 await running
+
+
+def stream_request(max_tokens: int) -> engine_pb2.GenerateRequest:
+    sampling = sampling_pb2.SamplingParams(max_tokens=max_tokens, seed=1)
+    return engine_pb2.GenerateRequest(request_id="stream", prompt_token_ids=(1, 2, 3), sampling=sampling)
 
 
 def words(seed: int, count: int) -> tuple[int, ...]:
@@ -222,3 +234,133 @@ async def test_refusals_of_a_real_session_open_the_breaker_and_say_when_to_come_
             assert caught.value.kind is ErrorKind.UNAVAILABLE
             assert caught.value.retry_after_s is not None
         assert len(engine.started) == 2
+
+
+class ToldSource:
+    """Tells the sets that a test gives it."""
+
+    has_synced = True
+
+    def __init__(self) -> None:
+        self._sets: asyncio.Queue[EndpointSet] = asyncio.Queue()
+
+    def tell(self, serving: Iterable[FakeEngine], terminating: Iterable[FakeEngine] = ()) -> None:
+        self._sets.put_nowait(EndpointSet(addresses_of(serving), addresses_of(terminating)))
+
+    async def run(self, tell: Callable[[EndpointSet], None]) -> None:
+        while True:
+            tell(await self._sets.get())
+
+
+def addresses_of(engines: Iterable[FakeEngine]) -> frozenset[str]:
+    return frozenset(engine.address for engine in engines)
+
+
+def ready(states: tuple[EndpointState, ...]) -> frozenset[str]:
+    return frozenset(state.address for state in states if state.is_ready and not state.is_draining)
+
+
+async def test_a_new_endpoint_is_used_and_one_that_is_gone_is_closed() -> None:
+    source = ToldSource()
+    async with rig(2, source=source) as r:
+        one, two = r.engines
+        assert r.pool.states() == ()
+        source.tell([one])
+        await r.wait_for(lambda states: ready(states) == {one.address})
+        assert {(await r.run(words(seed, 10)))[0] for seed in range(5)} == {one.address}
+        source.tell([one, two])
+        await r.wait_for(lambda states: ready(states) == {one.address, two.address})
+        source.tell([two])
+        await r.wait_for(lambda states: [state.address for state in states] == [two.address])
+        assert {(await r.run(words(seed, 10)))[0] for seed in range(5)} == {two.address}
+        await one.wait_for(lambda: one.num_sessions == 0)
+        source.tell([])
+        await r.wait_for(lambda states: states == ())
+        assert not r.pool.can_serve("fake")
+
+
+@pytest.mark.parametrize("is_gone", [True, False], ids=["gone", "terminating"])
+async def test_streams_of_an_endpoint_that_leaves_go_on_to_their_end(is_gone: bool) -> None:
+    source = ToldSource()
+    async with rig(2, source=source) as r:
+        one, two = r.engines
+        source.tell(r.engines)
+        await r.wait_for(lambda states: len(ready(states)) == 2)
+        with r.pool.pick(PickRequest("fake", words(0, 100)), avoid=[two.address]) as attempt:
+            stream = attempt.generate(stream_request(max_tokens=300))
+            with stream:
+                received = list(await anext(events := aiter(stream)))
+                source.tell([two], [] if is_gone else [one])
+                await r.wait_for(lambda states: ready(states) == {two.address})
+                assert {(await r.run(words(seed, 10)))[0] for seed in range(5)} == {two.address}
+                assert one.num_running == 1
+                received += [event async for batch in events for event in batch]
+            assert len(received) == 300
+            assert len(r.pool.states()) == 2
+        assert len(r.pool.states()) == (1 if is_gone else 2)
+        source.tell([two])
+        await r.wait_for(lambda states: len(states) == 1)
+        await one.wait_for(lambda: one.num_sessions == 0)
+        assert one.aborted_ids == []
+
+
+async def test_an_endpoint_that_comes_back_while_it_drains_is_used_again() -> None:
+    source = ToldSource()
+    async with rig(1, source=source) as r:
+        (one,) = r.engines
+        source.tell([one])
+        await r.wait_for(lambda states: len(ready(states)) == 1)
+        with r.pool.pick(PickRequest("fake")):
+            source.tell([])
+            await r.wait_for(lambda states: ready(states) == frozenset())
+            source.tell([one])
+            await r.wait_for(lambda states: len(ready(states)) == 1)
+            assert (await r.run((1, 2, 3)))[0] == one.address
+        assert len(ready(r.pool.states())) == 1
+        assert len(one.started) == 1
+
+
+async def test_one_that_was_terminating_from_the_start_is_not_connected_to() -> None:
+    source = ToldSource()
+    async with rig(2, source=source) as r:
+        one, two = r.engines
+        source.tell([two], [one])
+        await r.wait_for(lambda states: ready(states) == {two.address})
+        assert len(r.pool.states()) == 1
+        assert one.num_sessions == 0
+
+
+class ShyEngine(FakeEngine):
+    """Says what it serves once as many are asked as may be at a time."""
+
+    def __init__(self, asked: asyncio.Barrier, numbers: list[int]) -> None:
+        super().__init__()
+        self._asked = asked
+        self._numbers = numbers
+
+    async def GetModelInfo(  # noqa: N802 - the service's name
+        self,
+        request: engine_pb2.GetModelInfoRequest,
+        context: grpc.aio.ServicerContext[engine_pb2.GetModelInfoRequest, engine_pb2.ModelInfo],
+    ) -> engine_pb2.ModelInfo:
+        self._numbers.append(self._numbers[-1] + 1)
+        await self._asked.wait()
+        self._numbers.append(self._numbers[-1] - 1)
+        return await super().GetModelInfo(request, context)
+
+
+async def test_no_more_engines_are_connected_to_at_a_time_than_allowed() -> None:
+    asked, numbers = asyncio.Barrier(3), [0]
+    async with AsyncExitStack() as stack:
+        engines = [await stack.enter_async_context(ShyEngine(asked, numbers)) for _ in range(12)]
+        changed = asyncio.Event()
+        source = StaticSource(engine.address for engine in engines)
+        pool = EnginePool(source, SessionConfig(max_connecting=3), random.Random(1), lambda _: changed.set())
+        running = asyncio.create_task(pool.run())
+        async with asyncio.timeout(10):
+            while len(ready(pool.states())) < len(engines):
+                changed.clear()
+                await changed.wait()
+        running.cancel()
+        await asyncio.wait([running])
+    assert (max(numbers), numbers[-1]) == (3, 0)

@@ -7,10 +7,7 @@ class DiscoveryObserver(Protocol):
     """Told of every attempt. A source is one service or name."""
 
     def synced(self, source: str, num_serving: int, num_terminating: int) -> None:
-        """The source's whole set was read just now."""
-
-    def changed(self, source: str, num_serving: int, num_terminating: int) -> None:
-        """The source told a change of its set."""
+        """The source's set is known to be as it is now."""
 
     def failed(self, source: str, reason: str) -> None:
-        """The set could not be read or followed; it is tried again."""
+        """The set could not be read or followed, for one of few reasons; it is tried again."""

@@ -17,6 +17,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from rempart_platform.endpoints.backoff import jittered_backoff_s
 from rempart_platform.endpoints.connection import EngineConnection, engine_lost
 from rempart_platform.endpoints.load import EndpointLoad, EndpointModel, EndpointState
 from rempart_platform.endpoints.token_stream import TokenStream
@@ -51,9 +52,8 @@ class SessionConfig:
 
 
 def backoff_s(attempt: int, config: SessionConfig, rng: random.Random) -> float:
-    """Seconds to wait before connection attempt `attempt` (from 0): half of it is drawn, so that routers spread."""
-    full: float = min(config.backoff_max_s, config.backoff_initial_s * 2.0 ** min(attempt, 32))
-    return full * rng.uniform(0.5, 1.0)
+    """Seconds to wait before connection attempt `attempt` (from 0)."""
+    return jittered_backoff_s(attempt, config.backoff_initial_s, config.backoff_max_s, rng)
 
 
 class EngineSession:

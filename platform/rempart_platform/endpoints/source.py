@@ -5,7 +5,9 @@ dns ────┼─► EndpointSet ──► the pool diffs ─► terminatin
 kubernetes ┘  (the whole set)               gone         ──► the same, then the session closes
 """
 
-from collections.abc import Callable, Iterable
+import asyncio
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +36,33 @@ class EndpointSource(Protocol):
 
         Failures to find out are logged, counted and tried again; meanwhile the set that was told last stands.
         """
+
+
+class MergedSource:
+    """Several sources as one.
+
+    Args:
+        sources: each with endpoints of its own; one that is not known yet holds up no other.
+    """
+
+    def __init__(self, sources: Sequence[EndpointSource]) -> None:
+        self._sources = sources
+
+    @property
+    def has_synced(self) -> bool:
+        return all(source.has_synced for source in self._sources)
+
+    async def run(self, tell: Callable[[EndpointSet], None]) -> None:
+        """Runs all of them."""
+        told: dict[int, EndpointSet] = {}
+
+        def take(number: int, part: EndpointSet) -> None:
+            told[number] = part
+            tell(union(told.values()))
+
+        async with asyncio.TaskGroup() as tasks:
+            for number, source in enumerate(self._sources):
+                tasks.create_task(source.run(functools.partial(take, number)))
 
 
 def union(sets: Iterable[EndpointSet]) -> EndpointSet:
