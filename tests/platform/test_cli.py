@@ -249,7 +249,7 @@ def test_engine_and_router_take_their_own_flags(command: str, flag: str) -> None
 def test_help_names_every_command_and_loads_nothing_heavy() -> None:
     asked = run_cli("--help", environ=os.environ)
     assert asked.returncode == 0
-    for command in ("up", "engine", "router", "verify", "chat", "tenant", "key", "usage"):
+    for command in ("up", "engine", "router", "verify", "chat", "tenant", "key", "batch", "usage"):
         assert f" {command} " in asked.stdout
     program = "import sys, rempart_platform.cli; print({'grpc', 'tokenizers', 'redis', 'uvicorn'} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

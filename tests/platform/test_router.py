@@ -264,7 +264,7 @@ async def test_reflection_lists_the_services(router: Router) -> None:
         response = await call.read()
         names = {service.name for service in response.list_services_response.service}
         call.cancel()
-    assert {"rempart.v1.Inference", "rempart.v1.Admin", "grpc.health.v1.Health"} <= names
+    assert {"rempart.v1.Inference", "rempart.v1.Batches", "rempart.v1.Admin", "grpc.health.v1.Health"} <= names
 
 
 async def test_a_drain_lets_running_streams_end_and_takes_no_new_ones(model_folder: Path, engine: FakeEngine) -> None:

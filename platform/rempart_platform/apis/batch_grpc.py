@@ -2,6 +2,7 @@
 """The `Batches` service over gRPC: files in and out, batch jobs. Its rules are those of the OpenAI API."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import TypeVar
 
 from rempart_platform.apis import batch_rules
@@ -87,8 +88,9 @@ class BatchesServicer(batch_pb2_grpc.BatchesServicer):
         async def serve(caller: Caller) -> None:
             files = batch_rules.files_of(self._services)
             file = await files.get(caller.tenant, batch_rules.check_file_id(request.file_id))
-            async for piece in small_pieces(files.read(file)):
-                await write(context, batch_pb2.FileChunk(content=piece), self._limits)
+            async with aclosing(small_pieces(files.read(file))) as pieces:
+                async for piece in pieces:
+                    await write(context, batch_pb2.FileChunk(content=piece), self._limits)
 
         await self._answer(context, serve)
 
@@ -149,11 +151,14 @@ class BatchesServicer(batch_pb2_grpc.BatchesServicer):
     async def _content(self, parts: AsyncIterator[batch_pb2.UploadFileRequest]) -> AsyncIterator[bytes]:
         num_bytes = 0
         async for part in parts:
+            if part.HasField("end"):
+                return
             if part.HasField("metadata"):
                 raise _invalid("Only the first message may have the metadata.", "metadata")
             num_bytes += len(part.content)
             batch_rules.check_file_size(num_bytes, self._services.batch_limits)
             yield part.content
+        raise _invalid("The upload broke off: no message said that the content is whole.", "end")
 
     async def _answer(self, context: Context, serve: Callable[[Caller], Awaitable[_T]]) -> _T:
         return await answer(self._services.authenticator, context, serve)

@@ -99,6 +99,7 @@ class FormParser:
         self._header_value += data[start:end]
 
     def _end_header(self) -> None:
+        self._count_head(len(b":\r\n"))
         if self._header_name.lower() == b"content-disposition":
             self._disposition = self._header_value
         self._header_name = self._header_value = b""

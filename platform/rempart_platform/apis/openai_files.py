@@ -1,6 +1,7 @@
 """/v1/files: a tenant's files, in and out in pieces."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
 from typing import Final
 from urllib.parse import quote
 
@@ -8,6 +9,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Send
 
 from rempart_platform.apis import batch_rules
 from rempart_platform.apis.http_body import announced_length, body_pieces
@@ -122,7 +124,7 @@ class FileRoutes:
             "content-disposition": f"attachment; filename*=utf-8''{quote(file.filename, safe='')}",
             "x-content-type-options": "nosniff",
         }
-        return StreamingResponse(_joined(first, pieces), headers=headers, media_type="application/octet-stream")
+        return _ContentResponse(first, pieces, headers)
 
 
 def _lifetime_s(form: UploadForm) -> int | None:
@@ -145,10 +147,21 @@ async def _at_most(most: int, pieces: AsyncIterator[bytes], limits: BatchLimits)
         yield piece
 
 
-async def _joined(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for piece in rest:
-        yield piece
+class _ContentResponse(StreamingResponse):
+    """Closes what it reads also when the client goes away."""
+
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+        async def content() -> AsyncIterator[bytes]:
+            yield first
+            async for piece in rest:
+                yield piece
+
+        super().__init__(content(), headers=headers, media_type="application/octet-stream")
+        self._rest = rest
+
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self._rest):
+            await super().stream_response(send)
 
 
 def _file_id(request: Request) -> str:

@@ -43,6 +43,8 @@ from rempart_protos.v1 import engine_pb2
 
 KEY = "rk_test"
 CALLER = Caller(tenant="tenant-a", key_id="key-1")
+OTHER_KEY = "rk_other"
+OTHER_CALLER = Caller(tenant="tenant-b", key_id="key-2")
 MODEL = "tiny"
 RATE_HEADERS = {"x-ratelimit-limit-requests": "60", "x-ratelimit-remaining-requests": "59"}
 EOS_ID = 257
@@ -79,12 +81,13 @@ def tag_model(*, is_thinking: bool = False) -> ServedModel:
 
 
 class FakeAuthenticator:
-    """Knows one key."""
+    """Knows two keys, of two tenants."""
 
     async def authenticate(self, bearer: str) -> Caller:
-        if bearer != KEY:
+        callers = {KEY: CALLER, OTHER_KEY: OTHER_CALLER}
+        if bearer not in callers:
             raise RempartError(ErrorKind.INVALID_API_KEY, "The API key is not valid.")
-        return CALLER
+        return callers[bearer]
 
 
 @dataclass(slots=True)

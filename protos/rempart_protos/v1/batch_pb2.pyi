@@ -29,12 +29,14 @@ BATCH_STATUS_CANCELLING: BatchStatus
 BATCH_STATUS_CANCELLED: BatchStatus
 
 class UploadFileRequest(_message.Message):
-    __slots__ = ("metadata", "content")
+    __slots__ = ("metadata", "content", "end")
     METADATA_FIELD_NUMBER: _ClassVar[int]
     CONTENT_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
     metadata: FileMetadata
     content: bytes
-    def __init__(self, metadata: _Optional[_Union[FileMetadata, _Mapping]] = ..., content: _Optional[bytes] = ...) -> None: ...
+    end: FileEnd
+    def __init__(self, metadata: _Optional[_Union[FileMetadata, _Mapping]] = ..., content: _Optional[bytes] = ..., end: _Optional[_Union[FileEnd, _Mapping]] = ...) -> None: ...
 
 class FileMetadata(_message.Message):
     __slots__ = ("filename", "purpose", "lifetime_s")
@@ -45,6 +47,10 @@ class FileMetadata(_message.Message):
     purpose: str
     lifetime_s: int
     def __init__(self, filename: _Optional[str] = ..., purpose: _Optional[str] = ..., lifetime_s: _Optional[int] = ...) -> None: ...
+
+class FileEnd(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class StoredFile(_message.Message):
     __slots__ = ("file_id", "filename", "purpose", "num_bytes", "created_s", "expires_s")

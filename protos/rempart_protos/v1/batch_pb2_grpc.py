@@ -91,7 +91,8 @@ class BatchesServicer:
     """
 
     def UploadFile(self, request_iterator, context):
-        """Stores a file. The first message is about it, all that follow are its content. Nothing is kept of a call that fails.
+        """Stores a file. The first message is about it, the last says that it is whole, all between are its content. Nothing
+        is kept of a call that fails or breaks off.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,7 +37,9 @@ class BatchesStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> BatchesAsyncStub: ...
     UploadFile: _grpc.StreamUnaryMultiCallable[_batch_pb2.UploadFileRequest, _batch_pb2.StoredFile]
-    """Stores a file. The first message is about it, all that follow are its content. Nothing is kept of a call that fails."""
+    """Stores a file. The first message is about it, the last says that it is whole, all between are its content. Nothing
+    is kept of a call that fails or breaks off.
+    """
     GetFile: _grpc.UnaryUnaryMultiCallable[_batch_pb2.GetFileRequest, _batch_pb2.StoredFile]
     """One file."""
     ListFiles: _grpc.UnaryUnaryMultiCallable[_batch_pb2.ListFilesRequest, _batch_pb2.ListFilesResponse]
@@ -64,7 +66,9 @@ class BatchesAsyncStub(BatchesStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     UploadFile: _aio.StreamUnaryMultiCallable[_batch_pb2.UploadFileRequest, _batch_pb2.StoredFile]  # type: ignore[assignment]
-    """Stores a file. The first message is about it, all that follow are its content. Nothing is kept of a call that fails."""
+    """Stores a file. The first message is about it, the last says that it is whole, all between are its content. Nothing
+    is kept of a call that fails or breaks off.
+    """
     GetFile: _aio.UnaryUnaryMultiCallable[_batch_pb2.GetFileRequest, _batch_pb2.StoredFile]  # type: ignore[assignment]
     """One file."""
     ListFiles: _aio.UnaryUnaryMultiCallable[_batch_pb2.ListFilesRequest, _batch_pb2.ListFilesResponse]  # type: ignore[assignment]
@@ -94,7 +98,9 @@ class BatchesServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_batch_pb2.UploadFileRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_batch_pb2.StoredFile, _abc.Awaitable[_batch_pb2.StoredFile]]:
-        """Stores a file. The first message is about it, all that follow are its content. Nothing is kept of a call that fails."""
+        """Stores a file. The first message is about it, the last says that it is whole, all between are its content. Nothing
+        is kept of a call that fails or breaks off.
+        """
 
     @_abc_1.abstractmethod
     def GetFile(
