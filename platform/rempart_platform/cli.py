@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from rempart_platform import admin_commands, audit_commands, plan_commands
+from rempart_platform import admin_commands, audit_commands, batch_commands, plan_commands
 from rempart_platform.admin_console import DEFAULT_ADDRESS
 from rempart_platform.plan.command import show_plan
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(admin_commands.tenants, name="tenant")
 app.add_typer(admin_commands.keys, name="key")
+app.add_typer(batch_commands.batches, name="batch")
 app.add_typer(plan_commands.prices, name="price")
 app.add_typer(audit_commands.audit, name="audit")
 
