@@ -1,6 +1,7 @@
 """Clients that cost little, so that they are not what is measured: replies are kept as bytes and read afterwards."""
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from bench.conversation import (
 
 from rempart_protos.v1 import engine_pb2
 
+_MAX_HEAD_BYTES = 16 * 1024
+_FIRST_TEXT = re.compile(rb'"content": ?"[^"]')
 _CHAT = "/rempart.v1.Inference/Chat"
 _GENERATE = "/rempart.v1.Engine/Generate"
 
@@ -42,7 +45,7 @@ class Client(Protocol):
 
 
 class _HttpProtocol(asyncio.Protocol):
-    """Collects one response; knows only what our server sends: chunked streams and bodies with a length."""
+    """Collects one response; knows only what routers send: chunked bodies and bodies with a length."""
 
     def __init__(self) -> None:
         self._data = bytearray()
@@ -55,7 +58,7 @@ class _HttpProtocol(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._data += data
-        if not self.first_data_at and b"data: {" in data:
+        if not self.first_data_at and _FIRST_TEXT.search(self._data):
             self.first_data_at = time.perf_counter()
         if self._is_complete() and not self._done.done():
             self._done.set_result(None)
@@ -78,7 +81,7 @@ class _HttpProtocol(asyncio.Protocol):
     def _is_complete(self) -> bool:
         if self._data.endswith(b"\r\n0\r\n\r\n"):
             return True
-        head, separator, _ = bytes(self._data[:1024]).partition(b"\r\n\r\n")
+        head, separator, _ = bytes(self._data[:_MAX_HEAD_BYTES]).partition(b"\r\n\r\n")
         _, _, length = head.lower().partition(b"content-length: ")
         if not separator or not length:
             return False
@@ -107,7 +110,7 @@ class HttpClient:
         first = self._protocol.first_data_at or ended
 
         def check() -> int:
-            body = _body(response, is_chunked=self._stream)
+            body = body_of(response)
             return check_http_stream(body, asked) if self._stream else check_http_body(body, asked)
 
         return Reply(asked, first - started, ended - started, check)
@@ -117,16 +120,17 @@ class HttpClient:
             self._protocol.transport.close()
 
 
-def _body(response: bytes, *, is_chunked: bool) -> bytes:
+def body_of(response: bytes) -> bytes:
+    """The body of a response, or as much of it as has come."""
     head, _, rest = response.partition(b"\r\n\r\n")
     if not head.startswith(b"HTTP/1.1 200 "):
         raise WrongOutputError(f"the router answered {response[:500]!r}")
-    if not is_chunked:
+    if b"transfer-encoding: chunked" not in head.lower():
         return rest
     body = bytearray()
     while rest:
-        size, _, rest = rest.partition(b"\r\n")
-        length = int(size, 16)
+        size, separator, rest = rest.partition(b"\r\n")
+        length = int(size, 16) if separator else 0
         body += rest[:length]
         rest = rest[length + 2 :]
     return bytes(body)

@@ -74,6 +74,23 @@ def conversations(model: ServedModel, num_output_tokens: int, number: int) -> li
     return found
 
 
+def plain_conversations(model: ServedModel, num_output_tokens: int, number: int) -> list[Conversation]:
+    """Chats whose answers are made of words, so that every token is a text of its own."""
+    if model.chat_format is None:
+        raise WrongOutputError(f"{model.name} has no chat format that is known")
+    prompt = tuple(model.chat_format.render(ChatConversation((Message("user", _TEXT),))))
+    words = [token_id for token_id in range(model.vocab_size) if _is_word(model.tokenizer.decode([token_id]))]
+    found = []
+    for seed in range(1, number + 1):
+        token_ids = tuple(words[(seed * 7919 + index * 104729) % len(words)] for index in range(num_output_tokens))
+        found.append(Conversation(prompt, seed, token_ids, model.tokenizer.decode(token_ids)))
+    return found
+
+
+def _is_word(text: str) -> bool:
+    return len(text) > 1 and text.isascii() and text.strip().isalpha()
+
+
 def _is_text(model: ServedModel, token_id: int) -> bool:
     text = model.tokenizer.decode([token_id])
     return bool(text) and "\ufffd" not in text
@@ -100,11 +117,17 @@ def check_http_stream(body: bytes, asked: Conversation) -> int:
     """Server-sent events; returns the number of those that brought text."""
     events = [event.removeprefix(b"data: ") for event in body.split(b"\n\n")]
     _require(events[-2:] == [b"[DONE]", b""], "end of the stream")
-    chunks = [json.loads(event) for event in events[:-2]]
-    deltas = [choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"]]
-    _require("".join(deltas) == asked.text, "text")
-    _require(chunks[-1]["usage"]["completion_tokens"] == len(asked.token_ids), "usage")
-    return sum(bool(delta) for delta in deltas)
+    texts = texts_of_events(b"".join(b"data: " + event + b"\n\n" for event in events[:-2]))
+    _require("".join(texts) == asked.text, "text")
+    _require(json.loads(events[-3])["usage"]["completion_tokens"] == len(asked.token_ids), "usage")
+    return len(texts)
+
+
+def texts_of_events(body: bytes) -> list[str]:
+    """The texts of whole events that bring some. Comments and the end of the stream bring none."""
+    events = [event.removeprefix(b"data: ") for event in body.split(b"\n\n") if event.startswith(b"data: {")]
+    deltas = [choice["delta"] for event in events for choice in json.loads(event)["choices"]]
+    return [delta["content"] for delta in deltas if delta.get("content")]
 
 
 def check_http_body(body: bytes, asked: Conversation) -> int:

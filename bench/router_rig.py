@@ -8,9 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -69,11 +69,12 @@ class CpuClock:
 
     def read(self) -> dict[str, float]:
         """By role; "client" is this process."""
-        spent = {role: sum(_cpu_s(process) for process in of_role) for role, of_role in self._processes.items()}
+        spent = {role: sum(cpu_s(process) for process in of_role) for role, of_role in self._processes.items()}
         return {**spent, "client": time.process_time()}
 
 
-def _cpu_s(process: psutil.Process) -> float:
+def cpu_s(process: psutil.Process) -> float:
+    """CPU seconds of a process so far, all its threads."""
     times = process.cpu_times()
     return times.user + times.system
 
@@ -90,34 +91,60 @@ async def running_rig(tokenizer: Path, vocab_size: int, models: Sequence[FakeMod
     Raises:
         RigError: something does not start.
     """
-    admin_key = secrets.token_hex(16)
     async with AsyncExitStack() as stack:
-        redis = await stack.enter_async_context(embedded_redis(EmbeddedRedisConfig()))
         engines = {
-            model.name: await stack.enter_async_context(_process(_engine_args(model, vocab_size), {}))
+            model.name: await stack.enter_async_context(module_process(_engine_args(model, vocab_size), {}))
             for model in models
         }
         addresses = {name: str(line["address"]) for name, (line, _) in engines.items()}
+        rig = await stack.enter_async_context(running_router(tokenizer, addresses))
+        yield replace(rig, pids={**rig.pids, "engines": tuple(pid for _, pid in engines.values())})
+
+
+@asynccontextmanager
+async def running_router(
+    tokenizer: Path, addresses: Mapping[str, str], *, cores: Collection[int] | None = None
+) -> AsyncIterator[Rig]:
+    """As `running_rig`, before engines that run already.
+
+    Args:
+        tokenizer: of all models.
+        addresses: of the engines, by model.
+        cores: on which alone the router runs; None for any.
+    """
+    admin_key = secrets.token_hex(16)
+    async with AsyncExitStack() as stack:
+        redis = await stack.enter_async_context(embedded_redis(EmbeddedRedisConfig()))
         environ = {
             "REMPART_ADMIN_KEY": admin_key,
             "REMPART_KEY_PEPPER": secrets.token_hex(16),
             "REMPART_CACHE_SECRET": secrets.token_hex(16),
             "REMPART_REDIS_URL": redis.url,
         }
-        args = _router_args(tokenizer, addresses)
-        line, router_pid = await stack.enter_async_context(_process(args, environ))
+        router = module_process(_router_args(tokenizer, addresses), environ, cores=cores)
+        line, router_pid = await stack.enter_async_context(router)
         yield Rig(
             http_port=int(line["http"].rpartition(":")[2]),
             grpc_address=line["grpc"],
             key=await _make_tenant(line["grpc"], admin_key),
             admin_key=admin_key,
             engine_addresses=addresses,
-            pids={
-                "router": (router_pid,),
-                "engines": tuple(pid for _, pid in engines.values()),
-                "redis": (redis.pid,),
-            },
+            pids={"router": (router_pid,), "redis": (redis.pid,)},
         )
+
+
+@contextmanager
+def starting_on(cores: Collection[int] | None) -> Iterator[None]:
+    """Processes that are started in the block run on these cores alone, for good; None: on any."""
+    if cores is None:
+        yield
+        return
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
 
 
 def _engine_args(model: FakeModel, vocab_size: int) -> list[str]:
@@ -132,22 +159,25 @@ def _router_args(tokenizer: Path, addresses: Mapping[str, str]) -> list[str]:
 
 
 @asynccontextmanager
-async def _process(args: Sequence[str], environ: Mapping[str, str]) -> AsyncIterator[tuple[dict[str, Any], int]]:
+async def module_process(
+    args: Sequence[str], environ: Mapping[str, str], *, cores: Collection[int] | None = None
+) -> AsyncIterator[tuple[dict[str, Any], int]]:
     """Runs `python -m ARGS`; gives its ready line and its pid. Its log goes to a file, as it would in production."""
     with tempfile.TemporaryFile("w+") as log:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", *args),
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=os.environ | environ,
-            start_new_session=True,
-        )
+        with starting_on(cores):
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", *args),
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=os.environ | environ,
+                start_new_session=True,
+            )
         try:
             yield await _ready_line(process, args[0], log), process.pid
             if process.returncode is not None:
-                raise RigError(f"{args[0]} ended with {process.returncode} in the middle: {_end_of(log)}")
+                raise RigError(f"{args[0]} ended with {process.returncode} in the middle: {end_of_log(log)}")
         finally:
-            await _stop(process)
+            await stop_process(process)
 
 
 async def _ready_line(process: asyncio.subprocess.Process, name: str, log: TextIO) -> dict[str, Any]:
@@ -158,17 +188,19 @@ async def _ready_line(process: asyncio.subprocess.Process, name: str, log: TextI
     except TimeoutError:
         line = b""
     if not line:
-        raise RigError(f"{name} did not become ready: {_end_of(log)}")
+        raise RigError(f"{name} did not become ready: {end_of_log(log)}")
     ready: dict[str, Any] = json.loads(line)
     return ready
 
 
-def _end_of(log: TextIO) -> str:
+def end_of_log(log: TextIO) -> str:
+    """What an error tells of it."""
     log.seek(0)
     return log.read()[-2000:]
 
 
-async def _stop(process: asyncio.subprocess.Process) -> None:
+async def stop_process(process: asyncio.subprocess.Process) -> None:
+    """Asks it to end, and soon makes it."""
     if process.returncode is not None:
         return
     process.terminate()
