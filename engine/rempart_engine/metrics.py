@@ -1,9 +1,10 @@
 """Prometheus metrics of an engine: its own names, and those that the Gateway API Inference Extension reads."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, make_wsgi_app, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -11,6 +12,9 @@ from rempart_engine.config import BLOCK_SIZE
 from rempart_engine.core.load import Counters, Load
 from rempart_engine.core.request import FinishReason
 from rempart_engine.ipc import Ready, StepUpdate
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -43,6 +47,7 @@ class EngineMetrics:
             OSError: the address cannot be listened on.
         """
         server, _ = start_http_server(port, host, self.registry)
+        server.set_app(_as_plain_text(make_wsgi_app(self.registry)))
         return int(server.server_port)
 
     def set_loaded(self, fraction: float) -> None:
@@ -74,6 +79,15 @@ class EngineMetrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"rempart_engine_{name}_seconds", text, buckets=buckets, registry=self.registry)
+
+
+def _as_plain_text(app: "WSGIApplication") -> "WSGIApplication":
+    """Answers in Prometheus' text format, whatever is accepted: in OpenMetrics the library calls `vllm:x` `vllm_x`."""
+
+    def answer(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        return app({**environ, "HTTP_ACCEPT": "text/plain"}, start_response)
+
+    return answer
 
 
 class _CoreCollector(Collector):

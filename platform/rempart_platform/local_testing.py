@@ -124,12 +124,16 @@ class PlatformUnderTest:
         return Path(title.partition("unixsocket:")[2].strip())
 
     def engine_metrics(self) -> Samples:
+        """Of the only engine."""
+        return scrape(self.engine_metrics_url())
+
+    def engine_metrics_url(self) -> str:
         """Of the only engine, whose port is found by looking."""
         (address,) = self.engines
         engine = self.process_of("rempart_engine --")
         ports = {each.laddr.port for each in engine.net_connections() if each.status == psutil.CONN_LISTEN}
         (port,) = ports - {int(address.rpartition(":")[2])}
-        return scrape(f"http://127.0.0.1:{port}/metrics")
+        return f"http://127.0.0.1:{port}/metrics"
 
     def stop(self, number: signal.Signals = signal.SIGINT, timeout_s: float = 60.0) -> int:
         """Signals it, and waits; its exit code."""

@@ -30,10 +30,15 @@ _LOAD = Load(
 _MODEL = Ready("smol", "llama", 49152, 2048, (2,), 40, "bfloat16")
 
 
+# What Prometheus 2.42 says that it accepts.
+_ACCEPT = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+
+
 def _scrape(metrics: EngineMetrics) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
     """Samples of a scrape over HTTP: name -> labels -> value."""
     port = metrics.serve("127.0.0.1", 0)
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"accept": _ACCEPT})
+    with urllib.request.urlopen(request, timeout=5) as answer:
         text = answer.read().decode()
     samples: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
     for family in text_string_to_metric_families(text):

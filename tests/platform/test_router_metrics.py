@@ -157,3 +157,10 @@ def test_the_fair_queue_is_measured_for_each_tenant_and_as_a_whole() -> None:
     assert value("queue_virtual_time_lag", **{"class": "priority"}) == 2.5
     assert (value("queue_granted", unit="rows"), value("queue_capacity", unit="tokens")) == (3, 800)
     assert value("queue_jain_index") == 0.75
+
+
+def test_a_tenant_who_waits_for_nothing_is_told_once_he_was_granted_room() -> None:
+    registry = CollectorRegistry()
+    RouterMetrics(registry).queue_granted("acme", "m", 0.5)
+    labels = {"model": "m", "tenant": "acme"}
+    assert registry.get_sample_value("rempart_router_queue_waiting_requests", labels) == 0
