@@ -5,7 +5,7 @@
 {{ .Values.fullnameOverride | default $own }}
 {{- end -}}
 
-{{/* rempart.labels (dict "root" $ "component" "router"): labels of an object, never of a selector. */}}
+{{/* rempart.labels (dict "root" $ "component" "router"): labels of an object. Pods have the selector's alone: a new chart must not restart an engine that it does not change. */}}
 {{- define "rempart.labels" -}}
 {{ include "rempart.selector" . }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}

@@ -79,19 +79,6 @@ preStop:
 {{ add (int64 .preStopS) (int64 .timeoutS) 15 }}
 {{- end -}}
 
-{{/* rempart.flags (dict "flags" map): --name=value; true is --name, false --no-name. */}}
-{{- define "rempart.flags" -}}
-{{- range $name, $value := .flags }}
-{{- if kindIs "bool" $value }}
-- {{ ternary (printf "--%s" $name) (printf "--no-%s" $name) $value | quote }}
-{{- else if kindIs "float64" $value }}
-- {{ printf "--%s=%s" $name (toJson $value) | quote }}
-{{- else }}
-- {{ printf "--%s=%v" $name $value | quote }}
-{{- end }}
-{{- end }}
-{{- end -}}
-
 {{/* Where object storage is, and who asks. */}}
 {{- define "rempart.objectStorageEnv" -}}
 {{- with .Values.objectStorage.endpoint }}

@@ -6,7 +6,7 @@
 {{- $image := include "rempart.engineImage" . -}}
 metadata:
   labels:
-    {{- include "rempart.labels" (dict "root" $root "component" "engine" "engine" $engine.name) | nindent 4 }}
+    {{- include "rempart.selector" (dict "root" $root "component" "engine" "engine" $engine.name) | nindent 4 }}
     rempart/role: {{ $engine.role }}
   annotations:
     rempart/model: {{ $engine.model.name | quote }}
@@ -49,20 +49,20 @@ spec:
       imagePullPolicy: {{ $root.Values.images.pullPolicy }}
       command: [python, -m, rempart_engine]
       args:
-        - --model={{ include "rempart.modelPath" (dict "engine" $engine "under" "/weights") }}
-        - --served-model-name={{ $engine.model.name }}
-        - --device={{ $engine.image }}
-        - --host={{ $root.Values.listenAddress }}
+        - {{ printf "--model=%v" (include "rempart.modelPath" (dict "engine" $engine "under" "/weights")) | quote }}
+        - {{ printf "--served-model-name=%v" $engine.model.name | quote }}
+        - {{ printf "--device=%v" $engine.image | quote }}
+        - {{ printf "--host=%v" $root.Values.listenAddress | quote }}
         - --port=50051
         - --metrics-port=50052
-        - --drain-timeout-s={{ int64 $engine.drain.timeoutS }}
+        - {{ printf "--drain-timeout-s=%v" (int64 $engine.drain.timeoutS) | quote }}
         {{- if not (hasKey $engine.flags "num-threads") }}
         - --num-threads=$(ENGINE_CPUS)
         {{- end }}
         {{- if $weights.verify }}
-        - --require-manifest={{ include "rempart.modelFolder" (dict "engine" $engine "under" "/weights") }}/manifest.json
+        - {{ printf "--require-manifest=%v/manifest.json" (include "rempart.modelFolder" (dict "engine" $engine "under" "/weights")) | quote }}
         {{- if $weights.publicKey }}
-        - --manifest-key=/keys/{{ $engine.name }}.pem
+        - {{ printf "--manifest-key=/keys/%v.pem" $engine.name | quote }}
         {{- end }}
         {{- end }}
         {{- with include "rempart.flags" (dict "flags" $engine.flags) | trim }}

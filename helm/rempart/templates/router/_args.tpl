@@ -10,43 +10,43 @@
 {{- $services = append $services (printf "%s.%s.svc:50051" $service $root.Release.Namespace) -}}
 {{- end -}}
 {{- end -}}
-- --host={{ .Values.listenAddress }}
+- {{ printf "--host=%v" .Values.listenAddress | quote }}
 - --http-port=8000
 - --grpc-port=8001
 - --metrics-port=8002
-- --drain-timeout-s={{ int64 .Values.router.drain.timeoutS }}
-- --hold-without-engine-s={{ int64 .Values.router.holdWithoutEngineS }}
+- {{ printf "--drain-timeout-s=%v" (int64 .Values.router.drain.timeoutS) | quote }}
+- {{ printf "--hold-without-engine-s=%v" (int64 .Values.router.holdWithoutEngineS) | quote }}
 - --engines-{{ .Values.router.discovery }}={{ join "," $services }}
 {{- if eq .Values.router.discovery "kubernetes" }}
-- --leader-lease={{ .Release.Namespace }}/{{ include "rempart.fullname" . }}-router
+- {{ printf "--leader-lease=%v/%v-router" .Release.Namespace (include "rempart.fullname" .) | quote }}
 {{- end }}
 {{- range $model, $engine := include "rempart.models" . | fromJson }}
-- --model={{ $model }}={{ include "rempart.modelPath" (dict "engine" $engine "under" (printf "/models/%s" $engine.name)) }}
+- {{ printf "--model=%v=%v" $model (include "rempart.modelPath" (dict "engine" $engine "under" (printf "/models/%s" $engine.name))) | quote }}
 {{- with $engine.model.chatFormat }}
-- --chat-format={{ $model }}={{ . }}
+- {{ printf "--chat-format=%v=%v" $model . | quote }}
 {{- end }}
 {{- end }}
 {{- range $name, $targets := .Values.router.aliases }}
-- --alias={{ $name }}={{ $targets }}
+- {{ printf "--alias=%v=%v" $name $targets | quote }}
 {{- end }}
 {{- if include "rempart.hasTenants" . }}
 - --tenants-file=/etc/rempart/tenants.json
 {{- end }}
 {{- with .Values.router.batchStore }}
-- --batch-store={{ . }}
+- {{ printf "--batch-store=%v" . | quote }}
 {{- end }}
 {{- with .Values.router.auditStore }}
-- --audit-store={{ . }}
+- {{ printf "--audit-store=%v" . | quote }}
 {{- end }}
 {{- with .Values.router.oidc }}
 {{- if .issuer }}
-- --oidc-issuer={{ .issuer }}
-- --oidc-audience={{ .audience }}
+- {{ printf "--oidc-issuer=%v" .issuer | quote }}
+- {{ printf "--oidc-audience=%v" .audience | quote }}
 {{- with .tenantClaim }}
-- --oidc-tenant-claim={{ . }}
+- {{ printf "--oidc-tenant-claim=%v" . | quote }}
 {{- end }}
 {{- with .adminRole }}
-- --oidc-admin-role={{ . }}
+- {{ printf "--oidc-admin-role=%v" . | quote }}
 {{- end }}
 {{- end }}
 {{- end }}
