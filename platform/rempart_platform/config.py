@@ -26,9 +26,12 @@ from rempart_platform.apis.http_limits import HttpLimits
 from rempart_platform.audit.values import AuditConfig
 from rempart_platform.batch.config import BatchConfig
 from rempart_platform.chat.format import CHAT_FORMATS
+from rempart_platform.endpoints.discovery import DiscoveryConfig
 from rempart_platform.endpoints.pick import PickConfig
+from rempart_platform.endpoints.service_name import ServiceName, parse_services
 from rempart_platform.endpoints.session import SessionConfig
-from rempart_platform.endpoints.static import parse_addresses
+from rempart_platform.endpoints.static import parse_address, parse_addresses
+from rempart_platform.holding import HoldConfig
 from rempart_platform.request_limits import RequestLimits
 from rempart_platform.tenancy.queue_values import QueueConfig
 from rempart_platform.tenancy.quota import QuotaConfig
@@ -49,6 +52,8 @@ class ModelSource:
     path: Path
     chat_format: str | None = None
     """--chat-format NAME=FORMAT; the one that the model itself shows, when None."""
+    max_model_len: int | None = None
+    """--max-model-len NAME=TOKENS; what holds until an engine says it, which matters when requests wait for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +62,12 @@ class RouterConfig:
 
     models: tuple[ModelSource, ...]
     """--model NAME=PATH, once per model."""
-    engines: tuple[str, ...]
-    """--engines HOST:PORT,HOST:PORT."""
+    engines: tuple[str, ...] = ()
+    """--engines HOST:PORT,HOST:PORT. Engines are named in exactly one of three ways."""
+    engines_dns: tuple[str, int] | None = None
+    """--engines-dns NAME:PORT, whose addresses are looked up again and again."""
+    engines_kubernetes: tuple[ServiceName, ...] = ()
+    """--engines-kubernetes NAMESPACE/SERVICE[:PORTNAME],..."""
     aliases: tuple[Alias, ...] = ()
     """--alias NAME=MODEL:WEIGHT,MODEL:WEIGHT, once per alias."""
     host: str = "127.0.0.1"
@@ -89,6 +98,8 @@ class RouterConfig:
     grpc: GrpcLimits = GrpcLimits()
     session: SessionConfig = SessionConfig()
     pick: PickConfig = PickConfig()
+    discovery: DiscoveryConfig = DiscoveryConfig()
+    hold: HoldConfig = HoldConfig()
     quota: QuotaConfig = QuotaConfig()
     queue: QueueConfig = QueueConfig()
     batch: BatchConfig = BatchConfig()
@@ -124,7 +135,33 @@ class RouterConfig:
             metavar="NAME=FORMAT",
             help=f"of a model, when it does not show it: {', '.join(CHAT_FORMATS)}",
         )
-        parser.add_argument("--engines", required=True, type=_addresses, metavar="HOST:PORT,...")
+        parser.add_argument(
+            "--max-model-len",
+            dest="max_model_lens",
+            action="append",
+            default=[],
+            type=_max_model_len,
+            metavar="NAME=TOKENS",
+            help="of a model, until an engine says it",
+        )
+        engines = parser.add_mutually_exclusive_group(required=True)
+        engines.add_argument(
+            "--engines", default=argparse.SUPPRESS, type=_listed(parse_addresses), metavar="HOST:PORT,..."
+        )
+        engines.add_argument(
+            "--engines-dns",
+            default=argparse.SUPPRESS,
+            type=_listed(parse_address),
+            metavar="NAME:PORT",
+            help="every address of the name, such as a headless Service's",
+        )
+        engines.add_argument(
+            "--engines-kubernetes",
+            default=argparse.SUPPRESS,
+            type=_listed(parse_services),
+            metavar="NAMESPACE/SERVICE[:PORTNAME],...",
+            help="every endpoint of these Services; the port is named grpc unless said otherwise",
+        )
         parser.add_argument(
             "--alias",
             dest="aliases",
@@ -140,6 +177,7 @@ class RouterConfig:
         try:
             given["aliases"] = tuple(given["aliases"])
             given["models"] = _with_chat_formats(given["models"], given.pop("chat_formats"))
+            given["models"] = _with_max_model_lens(given["models"], given.pop("max_model_lens"))
             return _build(RouterConfig, given)
         except ValueError as error:
             parser.error(str(error))
@@ -207,8 +245,8 @@ def _flags(of: type, prefix: str = "") -> Iterator[_Flag]:
     hints = get_type_hints(of)
     for spec in fields(of):
         default = _default(spec)
-        if default is MISSING or get_origin(hints[spec.name]) is tuple:  # what lists things is parsed by itself
-            continue
+        if default is MISSING or get_origin(_without_none(hints[spec.name])) is tuple:
+            continue  # what lists things is parsed by itself
         if is_dataclass(hints[spec.name]):
             yield from _flags(hints[spec.name], f"{prefix}{spec.name}_")
         else:
@@ -292,8 +330,26 @@ def _check_aliases(aliases: Sequence[Alias], models: Sequence[str]) -> None:
                 raise ConfigError(f"--alias {alias.name} names {share.model}, which no --model does")
 
 
-def _addresses(text: str) -> tuple[str, ...]:
-    try:
-        return parse_addresses(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def _max_model_len(text: str) -> tuple[str, int]:
+    name, _, tokens = text.partition("=")
+    if not name or not tokens.isdecimal() or int(tokens) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=TOKENS")
+    return name, int(tokens)
+
+
+def _with_max_model_lens(models: Sequence[ModelSource], lens: Sequence[tuple[str, int]]) -> tuple[ModelSource, ...]:
+    named = dict(lens)
+    for name in named:
+        if all(model.name != name for model in models):
+            raise ConfigError(f"--max-model-len names {name}, which no --model does")
+    return tuple(replace(model, max_model_len=named.get(model.name)) for model in models)
+
+
+def _listed(parse: Callable[[str], _T]) -> Callable[[str], _T]:
+    def parse_flag(text: str) -> _T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse_flag

@@ -1,8 +1,9 @@
 """One request's whole way, from admission to the one unwind that every ending takes.
 
     async with dispatcher.admit(request) as generation:
-        an endpoint must be ready for the model ───────────────► 503
+        an endpoint must be ready for the model, or to come ───► 503
         reserve the worst case from the tenant's quota ────────► 429 with the true wait
+        where none is ready, wait for a first one ─────────────► 503; 504
         wait for room in the engines, fairly ──────────────────► 429, 503 when too many wait; 504
         generation.headers
         async for event in generation.events():
@@ -17,7 +18,7 @@ Only tokens whose event the front end has taken are charged; the prompt is charg
 
 import hmac
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -26,6 +27,7 @@ from rempart_platform.endpoints.pick import PickRequest
 from rempart_platform.endpoints.pool import EnginePool, no_endpoint
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Caller, GenerationEvent, GenerationRequest, Usage
+from rempart_platform.holding import HoldingRoom
 from rempart_platform.metrics import RouterMetrics
 from rempart_platform.models import ModelCatalog
 from rempart_platform.request_log import log_request
@@ -109,11 +111,11 @@ class Dispatcher:
         ledger: quotas.
         queue: where requests wait for room in the engines; None hands each to an engine at once.
         audit: records every request; None for none.
+        holding: where requests wait for a first endpoint of their model; None refuses them at once.
         pool: endpoints.
         catalog: what turns token ids to text, by model.
         config: limits and the salt's secret.
         metrics: told of every request.
-        clock: monotonic seconds.
     """
 
     def __init__(
@@ -126,16 +128,17 @@ class Dispatcher:
         metrics: RouterMetrics,
         queue: RequestQueue | None = None,
         audit: RequestAudit | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        holding: HoldingRoom | None = None,
     ) -> None:
         self._ledger = ledger
         self._queue = queue
         self._audit = audit
+        self._holding = holding
         self._pool = pool
         self._catalog = catalog
         self._config = config
         self._metrics = metrics
-        self._clock = clock
+        self._clock = time.monotonic
 
     @asynccontextmanager
     async def admit(self, request: GenerationRequest) -> AsyncIterator[Generation]:
@@ -148,8 +151,7 @@ class Dispatcher:
         try:
             if self._audit is not None:
                 self._audit.require_room()
-            if not self._pool.can_serve(request.model):
-                raise no_endpoint(request.model, self._config.retry_after_s)
+            self._require_endpoint(request.model)
             reservation = await self._ledger.reserve(
                 request.caller.tenant,
                 request.request_id,
@@ -177,12 +179,29 @@ class Dispatcher:
             self._report(trace)
             await settlement.settle()
 
+    def _require_endpoint(self, model: str) -> None:
+        """What is worth to wait for is a first endpoint; one that fails again and again is refused as ever."""
+        may_wait = self._holding is not None and not self._pool.is_served(model)
+        if not may_wait and not self._pool.can_serve(model):
+            raise no_endpoint(model, self._config.retry_after_s)
+
     async def _wait_for_room(self, trace: RequestTrace, reservation: Reservation) -> Place | None:
         """A place in the engines, where there is a queue. Without one the reservation is as if never made."""
-        if self._queue is None:
-            return None
         request = trace.request
-        asked = QueueRequest(
+        try:
+            with self._metrics.scaling.waiting(request):
+                if self._holding is not None:
+                    await self._holding.wait(request.model, request.caller.tenant, self._time_left_s(trace))
+                if self._queue is None:
+                    return None
+                return await self._queue.acquire(self._queue_request(trace))
+        except BaseException:
+            await self._ledger.refund(reservation)
+            raise
+
+    def _queue_request(self, trace: RequestTrace) -> QueueRequest:
+        request = trace.request
+        return QueueRequest(
             request.request_id,
             request.caller.tenant,
             request.model,
@@ -193,11 +212,6 @@ class Dispatcher:
             service_tier=request.service_tier,
             weight=request.caller.standing.weight,
         )
-        try:
-            return await self._queue.acquire(asked)
-        except BaseException:
-            await self._ledger.refund(reservation)
-            raise
 
     async def _relay(self, trace: RequestTrace, settlement: "_Settlement") -> AsyncGenerator[GenerationEvent, None]:
         request = trace.request

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from rempart_platform.endpoints.load import EndpointState
 from rempart_platform.generation import Usage
 from rempart_platform.request_trace import RequestTrace
+from rempart_platform.scaling_metrics import ScalingMetrics
 from rempart_platform.tenancy.queue_values import QueueSnapshot
 
 _PREFIX = "rempart_router_"
@@ -52,6 +53,7 @@ class RouterMetrics:
 
     def __init__(self, registry: CollectorRegistry, max_tenants: int = 500) -> None:
         self.registry = registry
+        self.scaling = ScalingMetrics(registry)
         self._tenant = BoundedLabel(max_tenants)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -102,6 +104,7 @@ class RouterMetrics:
     def request_admitted(self, trace: RequestTrace) -> None:
         request = trace.request
         self._in_flight.labels(request.model).inc()
+        self.scaling.began(request)
         self._count_quota_tokens(trace, "reserved", request.worst_case_tokens)
 
     def request_left(self, trace: RequestTrace, cost_nanos: int = 0) -> None:
@@ -110,6 +113,7 @@ class RouterMetrics:
         self._cost.labels(trace.request.model, self._tenant(trace.request.caller.tenant)).inc(cost_nanos / 1e9)
         num_settled = usage.prompt_tokens + usage.completion_tokens
         self._in_flight.labels(trace.request.model).dec()
+        self.scaling.left(trace.request)
         self._count_quota_tokens(trace, "settled", num_settled)
         self._count_quota_tokens(trace, "refunded", max(trace.request.worst_case_tokens - num_settled, 0))
 

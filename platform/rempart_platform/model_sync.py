@@ -11,7 +11,7 @@ from rempart_platform.models import ModelCatalog, ServedModel, load_served_model
 
 _logger = logging.getLogger(__name__)
 
-# Until an engine says how long its contexts are, nothing can be served, so this bounds nothing that runs.
+# Until an engine says how long its contexts are nothing runs, so this bounds nothing but what waits for a first engine.
 _UNKNOWN_MAX_MODEL_LEN = 1 << 20
 
 
@@ -25,7 +25,7 @@ def load_catalog(sources: Iterable[ModelSource], created_s: int, aliases: Iterab
         load_served_model(
             source.path,
             name=source.name,
-            max_model_len=_UNKNOWN_MAX_MODEL_LEN,
+            max_model_len=source.max_model_len or _UNKNOWN_MAX_MODEL_LEN,
             created_s=created_s,
             chat_format=source.chat_format,
         )

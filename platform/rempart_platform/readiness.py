@@ -1,4 +1,4 @@
-"""Whether a router can serve: an engine is ready, Redis has answered once, and no drain has begun.
+"""Whether a router can serve: an engine is ready or may be waited for, Redis has answered once, no drain has begun.
 
 Told on `grpc.health.v1` (the services' names; "" is liveness) and on HTTP's /readyz.
 """
@@ -24,7 +24,7 @@ class Readiness:
     """Brings together what readiness depends on.
 
     Args:
-        has_endpoint: whether some endpoint can be picked.
+        has_endpoint: whether some endpoint can be picked, or waited for.
     """
 
     def __init__(self, has_endpoint: Callable[[], bool]) -> None:

@@ -22,11 +22,14 @@ from rempart_platform.audit.log import AuditLog, open_audit_log
 from rempart_platform.batch.callers import BatchCallers
 from rempart_platform.batch.service import BatchService
 from rempart_platform.config import RouterConfig, RouterSecrets, config_digest
+from rempart_platform.discovery_metrics import DiscoveryMetrics
 from rempart_platform.dispatcher import DispatchConfig, Dispatcher
 from rempart_platform.endpoints.capacity import Capacity, capacity_of
 from rempart_platform.endpoints.load import EndpointState
 from rempart_platform.endpoints.pool import EnginePool
-from rempart_platform.endpoints.static import StaticSource
+from rempart_platform.endpoints.source import EndpointSource
+from rempart_platform.engine_source import open_source
+from rempart_platform.holding import HoldingRoom
 from rempart_platform.metrics import EndpointCollector, QueueMetrics, QuotaMetrics, RouterMetrics
 from rempart_platform.model_sync import load_catalog, sync_model
 from rempart_platform.models import ModelCatalog
@@ -71,7 +74,8 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
             await _sow(redis, seed, stop)
         audit = await stack.enter_async_context(open_audit_log(config.audit, redis, registry, config_digest(config)))
         ledger = await stack.enter_async_context(open_ledger(redis, config.quota, QuotaMetrics(metrics)))
-        pool, readiness = _build_pool(config, catalog)
+        source = await stack.enter_async_context(open_source(config, DiscoveryMetrics(registry)))
+        pool, readiness, holding = _build_pool(config, catalog, source, metrics)
         registry.register(EndpointCollector(pool.states))
         state = RouterState(readiness.is_ready, lambda: redis.is_available)
         loop_lag = register_process_metrics(registry, config, state)
@@ -90,6 +94,7 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
                 ledger=ledger,
                 queue=queue,
                 audit=audit,
+                holding=holding,
                 pool=pool,
                 catalog=catalog,
                 config=dispatch,
@@ -140,14 +145,32 @@ def _redis_config(config: RouterConfig, secrets: RouterSecrets) -> RedisConfig:
     )
 
 
-def _build_pool(config: RouterConfig, catalog: ModelCatalog) -> tuple[EnginePool, Readiness]:
+def _build_pool(
+    config: RouterConfig, catalog: ModelCatalog, source: EndpointSource, metrics: RouterMetrics
+) -> tuple[EnginePool, Readiness, HoldingRoom | None]:
     def take_change(changed: EndpointState) -> None:
         sync_model(catalog, changed, pool.states())
         readiness.check()
+        if holding is not None:
+            holding.check()
 
-    pool = EnginePool(StaticSource(config.engines), config.session, random.Random(), take_change, picking=config.pick)
-    readiness = Readiness(lambda: any(pool.is_served(model.name) for model in catalog.all()))
-    return pool, readiness
+    def can_take_requests() -> bool:
+        # Where requests are held a router serves without engines: else nothing would reach it and wake one.
+        return any(pool.is_served(model.name) for model in catalog.all()) or (holding is not None and pool.has_synced)
+
+    pool = EnginePool(
+        source,
+        config.session,
+        random.Random(),
+        take_change,
+        on_sync=lambda: readiness.check(),  # noqa: PLW0108 - it is made below
+        picking=config.pick,
+    )
+    metrics.scaling.expose(model.name for model in config.models)
+    holds = config.hold.without_engine_s > 0
+    holding = HoldingRoom(config.hold, pool.is_served, metrics.scaling.held) if holds else None
+    readiness = Readiness(can_take_requests)
+    return pool, readiness, holding
 
 
 @asynccontextmanager

@@ -8,7 +8,9 @@ from contextlib import asynccontextmanager, suppress
 
 import pytest
 
-from rempart_platform.endpoints.kubernetes import KubernetesConfig, ServiceName, ServiceSource, parse_services
+from rempart_platform.endpoints.discovery import KubernetesConfig
+from rempart_platform.endpoints.kubernetes import ServiceSource
+from rempart_platform.endpoints.service_name import ServiceName, parse_services
 from rempart_platform.endpoints.source import MergedSource
 from rempart_platform.kubernetes_testing import FakeKubernetes, Told, endpoint
 

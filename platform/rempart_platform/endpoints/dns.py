@@ -9,9 +9,8 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
-from rempart_platform.endpoints.discovery import DiscoveryObserver
+from rempart_platform.endpoints.discovery import DiscoveryObserver, DnsConfig
 from rempart_platform.endpoints.source import EndpointSet, join_host_port
 
 _logger = logging.getLogger(__name__)
@@ -20,14 +19,6 @@ _NO_ADDRESS = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAM
 
 Resolve = Callable[[str, int], Awaitable[frozenset[str]]]
 """(name, port) -> its addresses, as `host:port`. Raises OSError."""
-
-
-@dataclass(frozen=True, slots=True)
-class DnsConfig:
-    """How a name is watched."""
-
-    period_s: float = 5.0
-    """Between two look-ups."""
 
 
 class DnsSource:

@@ -14,7 +14,6 @@ import random
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -22,8 +21,9 @@ from aiohttp.http_exceptions import HttpProcessingError
 from kubernetes_asyncio.client import ApiClient, DiscoveryV1Api
 
 from rempart_platform.endpoints.backoff import jittered_backoff_s
-from rempart_platform.endpoints.discovery import DiscoveryObserver
+from rempart_platform.endpoints.discovery import DiscoveryObserver, KubernetesConfig
 from rempart_platform.endpoints.endpoint_slices import EndpointSlice, endpoint_set, parse_event, parse_list
+from rempart_platform.endpoints.service_name import ServiceName
 from rempart_platform.endpoints.source import EndpointSet
 from rempart_platform.kubernetes_api import KUBERNETES_AWAY, KubernetesError, reason_of
 
@@ -31,36 +31,6 @@ _logger = logging.getLogger(__name__)
 
 _PAGE = 500
 _LABEL = "kubernetes.io/service-name"
-
-
-@dataclass(frozen=True, slots=True)
-class KubernetesConfig:
-    """How Services are watched."""
-
-    relist_s: float = 300.0
-    """A delete that the watch lost is noticed after at most this long."""
-    watch_s: float = 300.0
-    """How long one watch runs; up to a fifth less is drawn, so that routers spread."""
-    silence_s: float = 10.0
-    """And how much longer the API server may be silent about its end."""
-    keepalive_s: float = 1.0
-    """A watch whose connection answers nothing is given up after four of these."""
-    request_timeout_s: float = 5.0
-    """For a list, and for a watch to begin."""
-    backoff_initial_s: float = 0.1
-    backoff_max_s: float = 4.0
-
-
-@dataclass(frozen=True, slots=True)
-class ServiceName:
-    """A Service whose endpoints are engines, and the name of their port."""
-
-    namespace: str
-    name: str
-    port_name: str = "grpc"
-
-    def __str__(self) -> str:
-        return f"{self.namespace}/{self.name}:{self.port_name}"
 
 
 class ServiceSource:
@@ -199,25 +169,6 @@ class ServiceSource:
             jittered_backoff_s(self._attempts, config.backoff_initial_s, config.backoff_max_s, self._rng)
         )
         self._attempts += 1
-
-
-def parse_services(text: str) -> tuple[ServiceName, ...]:
-    """Services of a comma-separated list of `NAMESPACE/SERVICE[:PORTNAME]`, in order.
-
-    Raises:
-        ValueError: an entry is malformed or named twice; the message names it.
-    """
-    services: list[ServiceName] = []
-    for entry in (entry.strip() for entry in text.split(",")):
-        path, colon, port_name = entry.partition(":")
-        namespace, _, name = path.partition("/")
-        if not namespace or not name or "/" in name or (colon and not port_name):
-            raise ValueError(f"{entry!r} is not NAMESPACE/SERVICE or NAMESPACE/SERVICE:PORTNAME")
-        service = ServiceName(namespace, name, port_name) if port_name else ServiceName(namespace, name)
-        if service in services:
-            raise ValueError(f"service {entry!r} is named twice")
-        services.append(service)
-    return tuple(services)
 
 
 def _keep_alive(response: aiohttp.ClientResponse, period_s: float) -> None:

@@ -88,6 +88,7 @@ class EnginePool:
         config: for every session.
         rng: spreads requests over equal endpoints and jitters reconnects.
         on_change: told when an endpoint becomes ready, starts to drain, or is lost.
+        on_sync: told whenever the source has told its set.
         picking: what is remembered and expected of endpoints.
         retry_after_s: wait that is advised while no endpoint is ready.
         clock: monotonic seconds.
@@ -100,6 +101,7 @@ class EnginePool:
         rng: random.Random,
         on_change: Callable[[EndpointState], None] = lambda state: None,
         *,
+        on_sync: Callable[[], None] = lambda: None,
         picking: PickConfig = _DEFAULT_PICKING,
         retry_after_s: float = 2.0,
         clock: Callable[[], float] = time.monotonic,
@@ -108,6 +110,7 @@ class EnginePool:
         self._config = config
         self._rng = rng
         self._on_change = on_change
+        self._on_sync = on_sync
         self._picking = picking
         self._retry_after_s = retry_after_s
         self._clock = clock
@@ -188,6 +191,7 @@ class EnginePool:
             if member.is_leaving != was_leaving:
                 self._on_change(member.state)
             self._close_if_over(member)
+        self._on_sync()
 
     def _open(self, sessions: asyncio.TaskGroup, address: str) -> _Member:
         session = EngineSession(address, self._config, self._rng, self._take_change, self._connecting)
