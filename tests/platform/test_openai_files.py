@@ -374,6 +374,16 @@ async def test_a_client_that_goes_ends_its_download() -> None:
             await files.read_ended.wait()
 
 
+async def test_a_connection_may_be_used_again_as_soon_as_a_content_is_there() -> None:
+    files = FakeFiles()
+    files.end_s = 0.05
+    file_id = files.add(CALLER.tenant, CONTENT).file_id
+    async with plain_client_of(files) as client:
+        for _ in range(3):
+            assert (await client.get(f"/v1/files/{file_id}/content")).content == CONTENT
+            assert (await client.get(f"/v1/files/{file_id}")).status_code == 200
+
+
 async def test_a_large_file_comes_back_whole() -> None:
     files = FakeFiles()
     files.piece_bytes = 1_000_000

@@ -25,7 +25,8 @@ class FakeFiles:
     """Keeps what was uploaded whole. `taken` is set when a piece has come, `ended` when an upload has, well or not, and
     `read_ended` when a download has.
 
-    `failure` is raised by `read` before piece number `fail_at`; `piece_bytes` is how much it gives at a time.
+    `failure` is raised by `read` before piece number `fail_at`; `piece_bytes` is how much it gives at a time, and
+    `end_s` how long it then takes to find that there is no more.
     """
 
     def __init__(self) -> None:
@@ -36,6 +37,7 @@ class FakeFiles:
         self.failure: RempartError | None = None
         self.fail_at = 0
         self.piece_bytes = 1000
+        self.end_s = 0.0
         self.in_use: set[str] = set()
         self._numbers = itertools.count(1)
 
@@ -82,6 +84,7 @@ class FakeFiles:
                 if self.failure is not None and number == self.fail_at:
                     raise self.failure
                 yield content[start : start + self.piece_bytes]
+            await asyncio.sleep(self.end_s)
         finally:
             self.read_ended.set()
 

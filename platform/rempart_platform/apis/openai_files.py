@@ -7,12 +7,13 @@ from urllib.parse import quote
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
 from rempart_platform.apis import batch_rules
 from rempart_platform.apis.http_body import announced_length, body_pieces
+from rempart_platform.apis.http_connection import run_while_connected
 from rempart_platform.apis.openai_lists import page_response
 from rempart_platform.apis.openai_request import caller_of, json_response
 from rempart_platform.apis.pieces import small_pieces
@@ -147,21 +148,29 @@ async def _at_most(most: int, pieces: AsyncIterator[bytes], limits: BatchLimits)
         yield piece
 
 
-class _ContentResponse(StreamingResponse):
-    """Closes what it reads also when the client goes away."""
+class _ContentResponse(Response):
+    """A file's content. A client that goes away ends the reading of it."""
+
+    media_type = "application/octet-stream"
 
     def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
-        async def content() -> AsyncIterator[bytes]:
-            yield first
-            async for piece in rest:
-                yield piece
-
-        super().__init__(content(), headers=headers, media_type="application/octet-stream")
+        super().__init__(headers=headers)
+        self._first = first
         self._rest = rest
 
-    async def stream_response(self, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await run_while_connected(receive, self._send(send))
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        # Each piece waits for the next one: a client that has all bytes may send its next request, so the last byte
+        # must be the end of the response.
+        last = self._first
         async with aclosing(self._rest):
-            await super().stream_response(send)
+            async for piece in self._rest:
+                await send({"type": "http.response.body", "body": last, "more_body": True})
+                last = piece
+        await send({"type": "http.response.body", "body": last})
 
 
 def _file_id(request: Request) -> str:
