@@ -28,6 +28,7 @@ from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.tenancy.redis_client import RedisAwayError
 
 _MAX_PLANS = 64
+_FIRST_RETRY = 2
 _RETRY_S = 1.0
 _JITTER = 0.5  # of a wait, so that lines that were refused together do not come back together
 _WAITED_OUT = (ErrorKind.UNAVAILABLE, ErrorKind.RATE_LIMIT_EXCEEDED)
@@ -191,6 +192,15 @@ class _Attempts:
     """What is known, by line number; grows."""
 
     async def answer_all(self, lines: Sequence[_OpenLine]) -> None:
+        """Together; but one by one, and each time from another on, when the last worker ended before any was answered.
+
+        So a line that ends whoever runs it takes no others with it.
+        """
+        if self.claim.deliveries > 1 and lines:
+            first = (self.claim.deliveries - _FIRST_RETRY) * (len(lines) // 2) % len(lines)
+            for line in (*lines[first:], *lines[:first]):
+                await self._answer(line)
+            return
         async with asyncio.TaskGroup() as tasks:
             for line in lines:
                 tasks.create_task(self._answer(line))

@@ -48,7 +48,7 @@ async def in_pieces(content: bytes, size: int = 1 << 16) -> AsyncIterator[bytes]
 class ScriptedRunner:
     """Answers a prompt with its name. A script of a prompt is what is done first, an attempt each."""
 
-    scripts: dict[str, list[BaseException]] = field(default_factory=lambda: defaultdict(list))
+    scripts: dict[str, Sequence[Exception]] = field(default_factory=lambda: defaultdict(tuple))
     """RempartErrors are answered, others raised."""
     held: set[str] = field(default_factory=set)
     """Prompts that are answered only once `released` is set."""
@@ -78,7 +78,7 @@ class ScriptedRunner:
 
     async def _answer(self, prompt: str) -> LineAnswer:
         if self.scripts[prompt]:
-            error = self.scripts[prompt].pop(0)
+            error, *self.scripts[prompt] = self.scripts[prompt]
             if not isinstance(error, RempartError):
                 raise error
             return LineAnswer(error.answer.http_status, f"id-{prompt}", b'{"error":{}}', error)
@@ -151,6 +151,14 @@ class BatchRig:
                 batch = await self.reload(batch)
                 if batch.status.is_final:
                     return batch
+                await asyncio.sleep(0.01)
+
+    async def answered(self, batch: Batch, num_lines: int, timeout_s: float = 20.0) -> None:
+        """Returns when at least as many lines have been answered."""
+        async with asyncio.timeout(timeout_s):
+            while True:
+                if (await self.reload(batch)).counts.completed >= num_lines:
+                    return
                 await asyncio.sleep(0.01)
 
     async def results(self, batch: Batch, file_id: str) -> list[dict[str, Any]]:

@@ -38,6 +38,8 @@ class EmbeddedRedisConfig:
     max_memory_bytes: int = 0
     """0: no limit."""
     start_timeout_s: float = 10.0
+    socket: Path | None = None
+    """Where it listens, so that clients find a server that is started again; a path of its own when None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ async def embedded_redis(config: EmbeddedRedisConfig) -> AsyncIterator[EmbeddedR
     """
     binary = find_server()
     with tempfile.TemporaryDirectory(prefix="rempart-redis-", ignore_cleanup_errors=True) as folder:
-        socket = Path(folder) / "redis.sock"
+        socket = config.socket or Path(folder) / "redis.sock"
         log = Path(folder) / "redis.log"
         process = await _start(binary, config, socket, log)
         try:
