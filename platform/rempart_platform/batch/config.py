@@ -30,7 +30,7 @@ class BatchConfig:
     max_lines_in_flight: int = 32
     """Of this router."""
     max_lines_in_flight_per_tenant: int = 16
-    """Of this router and one model; those that wait for a quota or an engine count here and not above."""
+    """Of this router; of one model also those that wait for a quota or an engine, which do not count above."""
     max_shards_per_tenant: int = 4
     """That this router works on at a time, of one model."""
     lease_s: float = 15.0

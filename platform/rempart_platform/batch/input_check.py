@@ -15,7 +15,7 @@ from rempart_platform.batch.values import BatchLimits, InputError
 from rempart_platform.errors import RempartError
 from rempart_platform.json_guard import check_json_shape
 
-_LINES_PER_TURN = 32  # online requests of this router wait meanwhile
+_BYTES_PER_TURN = 64 * 1024  # online requests of this router wait meanwhile
 _MAX_NODES, _MAX_DEPTH = 1_000_000, 128
 
 _line_decoder = msgspec.json.Decoder(RequestLine)
@@ -45,7 +45,7 @@ async def check_input(
     """
     check = _Check(endpoint, config.limits, is_model)
     cutter = Cutter(config.lines_per_shard, config.max_shard_bytes)
-    num_lines = 0
+    num_lines = next_turn = 0
     try:
         async for line in read_lines(pieces, config.limits.max_line_bytes):
             num_lines += 1
@@ -57,7 +57,8 @@ async def check_input(
             cutter.add(line)
             if check.is_full:
                 break
-            if num_lines % _LINES_PER_TURN == 0:
+            if line.end >= next_turn:
+                next_turn = line.end + _BYTES_PER_TURN
                 await asyncio.sleep(0)
     except LineTooLongError as error:
         message = f"The line is longer than {config.limits.max_line_bytes} bytes (limit max_line_bytes)."

@@ -61,6 +61,9 @@ class Janitor:
                     await self.clean()
             except RempartError as error:
                 logger.warning("batch jobs could not be looked after: %s", error.message)
+            except Exception:
+                # Online requests of this router go on.
+                logger.exception("batch jobs could not be looked after")
             await asyncio.sleep(self._config.janitor_s)
 
     async def look(self) -> None:

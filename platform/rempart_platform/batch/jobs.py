@@ -30,11 +30,6 @@ class Job:
     batch: Batch
     num_shards: int
 
-    @property
-    def lane(self) -> str:
-        """What of a router's room it shares with others, as `scripts/batch_claim.lua` writes it."""
-        return f"{self.batch.caller.tenant} {self.batch.model}"
-
 
 async def load_job(redis: RedisClient, job_id: str) -> Job | None:
     stored = await redis.read_hash(job_record(job_id))
@@ -91,8 +86,11 @@ class StoredBatches:
         )
         most = self._limits.max_open_batches_per_tenant
         record = [part for pair in _record(batch).items() for part in pair]
-        args = (batch.batch_id, caller.tenant, input_file_id, most, *record)
+        args = (batch.batch_id, caller.tenant, input_file_id, most, created_s, *record)
         (outcome,) = await self._redis.run_script(_CREATE, (ROOT,), args)
+        if outcome == "no_input":
+            message = "The file's purpose must be 'batch'."
+            raise RempartError(ErrorKind.INVALID_REQUEST, message, param="input_file_id")
         if outcome == "no_file":
             raise no_such_file("input_file_id")
         if outcome == "full":

@@ -1,29 +1,41 @@
 """How much of batch jobs a router does at a time: in all, and of each tenant's use of a model.
 
-    task ─► its lines wait for a place in the lane ─► and for one of the router ─► in flight
-                                 ▲ kept while a line waits for quota or engines    ▲ given back meanwhile
+    task ─► its lines wait for a place in the lane ─► for one of the tenant, and one of the router ─► in flight
+                                 ▲ kept while a line waits for quota or engines     ▲ given back meanwhile
 
-So one tenant, or one model without engines, cannot hold all of a router's places.
+A lane is a tenant's use of one model. So neither one tenant nor a model without engines can hold all of a router's
+places, and a tenant's other models go on.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 from rempart_platform.batch.config import BatchConfig
 from rempart_platform.batch.metrics import BatchMetrics
 
 
+def lane_name(tenant: str, model: str) -> str:
+    """As `scripts/batch_claim.lua` writes it."""
+    return f"{tenant} {model}"
+
+
 @dataclass(slots=True, eq=False)
 class _Lane:
     num_places: int
-    places: asyncio.Semaphore
+    running: Sequence[asyncio.Semaphore]
+    """Places in flight: of the tenant, and of the router."""
+    places: asyncio.Semaphore = field(init=False)
     opening: set["LaneTask"] = field(default_factory=set)
     """Tasks that have not said how many lines they have."""
     num_tasks: int = 0
     num_lines: int = 0
     """Not answered, of tasks that have said it."""
+
+    def __post_init__(self) -> None:
+        self.places = asyncio.Semaphore(self.num_places)
 
     @property
     def has_room(self) -> bool:
@@ -33,11 +45,8 @@ class _Lane:
 class LaneTask:
     """A task's part of the room; made by `Lanes.task`."""
 
-    def __init__(
-        self, lane: _Lane, running: asyncio.Semaphore, metrics: BatchMetrics, on_room: Callable[[], None]
-    ) -> None:
+    def __init__(self, lane: _Lane, metrics: BatchMetrics, on_room: Callable[[], None]) -> None:
         self._lane = lane
-        self._running = running
         self._metrics = metrics
         self._on_room = on_room
         self._num_lines = 0
@@ -63,7 +72,8 @@ class LaneTask:
     @asynccontextmanager
     async def in_flight(self) -> AsyncIterator[None]:
         """A place of the router, for one attempt."""
-        async with self._running:
+        of_tenant, of_router = self._lane.running
+        async with of_tenant, of_router:
             self._metrics.lines_in_flight.inc()
             try:
                 yield
@@ -85,6 +95,7 @@ class Lanes:
         self._metrics = metrics
         self._on_room = on_room
         self._running = asyncio.Semaphore(config.max_lines_in_flight)
+        self._running_of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._lanes: dict[str, _Lane] = {}
 
     def full(self) -> list[str]:
@@ -93,11 +104,15 @@ class Lanes:
         return [name for name, lane in self._lanes.items() if lane.num_tasks >= most or not lane.has_room]
 
     @contextmanager
-    def task(self, name: str) -> Iterator[LaneTask]:
+    def task(self, tenant: str, model: str) -> Iterator[LaneTask]:
         """A task of a lane, from now to the end of the block."""
-        num_places = self._config.max_lines_in_flight_per_tenant
-        lane = self._lanes.setdefault(name, _Lane(num_places, asyncio.Semaphore(num_places)))
-        task = LaneTask(lane, self._running, self._metrics, self._on_room)
+        name = lane_name(tenant, model)
+        lane = self._lanes.get(name)
+        if lane is None:
+            num_places = self._config.max_lines_in_flight_per_tenant
+            of_tenant = self._running_of.setdefault(tenant, asyncio.Semaphore(num_places))
+            lane = self._lanes[name] = _Lane(num_places, (of_tenant, self._running))
+        task = LaneTask(lane, self._metrics, self._on_room)
         lane.opening.add(task)
         lane.num_tasks += 1
         try:

@@ -24,6 +24,7 @@ from rempart_platform.tenancy.lua import Script, load_script
 from rempart_platform.tenancy.redis_client import RedisClient, ScriptReply
 
 VALIDATE, FINALIZE = "validate", "finalize"
+_NUM_CLAIM_FIELDS = 5
 
 
 def _load(name: str, *, runs_when_memory_is_full: bool = True) -> Script:
@@ -108,11 +109,16 @@ class WorkQueue:
 
     async def claim(self, full_lanes: Sequence[str]) -> Claim | None:
         """One task of which this worker may have more; None when there is none."""
-        reply = await self._run(_CLAIM, self._worker, self._lease_ms, self._max_deliveries, *full_lanes)
-        if not reply:
-            return None
-        job_id, task, entry, token, deliveries = reply
-        return Claim(str(job_id), str(task), str(entry), str(token), int(deliveries or 0))
+        num_looked_at = 0
+        while True:
+            reply = await self._run(_CLAIM, self._worker, self._lease_ms, self._max_deliveries, *full_lanes)
+            if len(reply) == _NUM_CLAIM_FIELDS:
+                job_id, task, entry, token, deliveries = reply
+                return Claim(str(job_id), str(task), str(entry), str(token), int(deliveries or 0))
+            num_tenants, num_all_tenants = (int(count or 0) for count in reply)
+            num_looked_at += num_tenants
+            if num_looked_at >= num_all_tenants:
+                return None
 
     async def renew(self, claim: Claim) -> BatchStatus | None:
         """Keeps a task for another lease. Returns the job's status; None when another worker has the task."""

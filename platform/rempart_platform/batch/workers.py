@@ -81,7 +81,12 @@ class BatchWorker:
                     pass
             except RedisAwayError as error:
                 logger.warning("the batch queue could not be reached")
-                await asyncio.sleep(error.retry_after_s or self._config.poll_s)
+                await self._pause(error.retry_after_s or _RETRY_S)
+                continue
+            except Exception:
+                # Whatever a job may do to this task, online requests of this router go on.
+                logger.exception("no batch task could be taken")
+                await self._pause(_RETRY_S)
                 continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._config.poll_s):
@@ -92,7 +97,10 @@ class BatchWorker:
         while not self._closing.is_set():
             await asyncio.sleep(self._config.lease_s / 3)
             for claim in tuple(self._claims):
-                await self._renew(claim)
+                try:
+                    await self._renew(claim)
+                except Exception:
+                    logger.exception("a batch task could not be renewed", extra={"fields": _fields(claim)})
 
     async def close(self) -> None:
         """Stops at once, and gives back what is not done."""
@@ -148,7 +156,7 @@ class BatchWorker:
         self._metrics.task_taken()
         outcome = "failed"
         try:
-            with self._lanes.task(job.lane) as room:
+            with self._lanes.task(job.batch.caller.tenant, job.batch.model) as room:
                 outcome = await self._until_done(claim, job, room)
         except Exception:
             # Its lease runs out, and it is tried again as often as one that ends its router.

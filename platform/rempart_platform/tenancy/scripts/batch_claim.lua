@@ -1,8 +1,10 @@
 -- Gives a worker one task: of the tenant whose turn it is, of its oldest job that has one, first what another worker
--- holds no longer. Looks at few tenants and jobs, and gives each tenant that it looked at a later turn.
+-- holds no longer. Looks at few tenants and jobs, so that it is short whatever there is to do, and gives each tenant
+-- that it looked at a later turn, so that the next call looks at others.
 -- ARGV: worker, lease_ms, the most deliveries, then "<tenant> <model>" of whom the worker takes no more
--- Reply: nothing, or job, task, entry, token, and how often it was delivered since a line of it was answered
-local MAX_TENANTS, MAX_JOBS = 16, 8
+-- Reply: job, task, entry, token, and how often it was delivered since a line of it was answered; or, when those that it
+--   looked at have none, how many tenants these were, and how many there are
+local MAX_TENANTS, MAX_JOBS, MAX_DEAD = 16, 8, 10000
 local worker, lease_ms, most = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local is_full = {}
 for i = 4, #ARGV do
@@ -31,7 +33,8 @@ local function take(job)
   return entry
 end
 
-for _, tenant in ipairs(redis.call('ZRANGE', key('turns'), 0, MAX_TENANTS - 1)) do
+local tenants = redis.call('ZRANGE', key('turns'), 0, MAX_TENANTS - 1)
+for _, tenant in ipairs(tenants) do
   redis.call('ZADD', key('turns'), next_number('turn'), tenant)
   local num_looked = 0
   for _, job in ipairs(redis.call('ZRANGE', key('open', tenant), 0, -1)) do
@@ -43,7 +46,7 @@ for _, tenant in ipairs(redis.call('ZRANGE', key('turns'), 0, MAX_TENANTS - 1)) 
         local deliveries = redis.call('HINCRBY', key('tasks', job), task .. ' deliveries', 1)
         redis.call('HSET', key('tasks', job), task .. ' holder', token)
         if deliveries == most + 1 then
-          redis.call('XADD', key('dead'), '*', 'job', job, 'task', task, 'tenant', tenant)
+          redis.call('XADD', key('dead'), 'MAXLEN', '~', MAX_DEAD, '*', 'job', job, 'task', task, 'tenant', tenant)
         end
         return { job, task, entry[1], token, deliveries }
       end
@@ -54,4 +57,4 @@ for _, tenant in ipairs(redis.call('ZRANGE', key('turns'), 0, MAX_TENANTS - 1)) 
     end
   end
 end
-return {}
+return { #tenants, redis.call('ZCARD', key('turns')) }

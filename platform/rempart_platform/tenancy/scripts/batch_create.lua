@@ -1,15 +1,20 @@
 -- Makes a job; its first task is to validate the input.
--- ARGV: job, tenant, input file, the most open jobs of the tenant, then names and values of the record
--- Reply: "created", "full", or "no_file"
-local job, tenant, file, most = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
-if redis.call('HGET', key('file', file), 'tenant') ~= tenant then
+-- ARGV: job, tenant, input file, the most open jobs of the tenant, now_s, then names and values of the record
+-- Reply: "created", "full", "no_file", or "no_input" for a file of another purpose
+local job, tenant, file, most, now_s = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+local record = redis.call('HMGET', key('file', file), 'tenant', 'purpose', 'expires_s')
+local expires_s = tonumber(record[3] or '0')
+if record[1] ~= tenant or (expires_s > 0 and expires_s <= now_s) then
   return { 'no_file' }
+end
+if record[2] ~= 'batch' then
+  return { 'no_input' }
 end
 if redis.call('ZCARD', key('open', tenant)) >= most then
   return { 'full' }
 end
 local number = next_number('number')
-redis.call('HSET', key('job', job), 'number', number, unpack(ARGV, 5))
+redis.call('HSET', key('job', job), 'number', number, unpack(ARGV, 6))
 redis.call('ZADD', key('jobs', tenant), number, job)
 redis.call('SADD', key('users', file), job)
 open_job(job, tenant)

@@ -7,6 +7,9 @@ if not holds(job, shard, token) then
 end
 end_task(job, shard, entry)
 redis.call('UNLINK', key('lines', job .. ':' .. shard))
+if task_field(job, shard, 'done') then
+  return { 1 }
+end
 -- What is stored is the truth; some of it may have been counted line by line.
 for i, outcome in ipairs({ 'completed', 'failed' }) do
   local counted = tonumber(task_field(job, shard, outcome) or '0')

@@ -5,7 +5,9 @@ local job, task, token, entry, worker, lease_ms = ARGV[1], ARGV[2], ARGV[3], ARG
 if not holds(job, task, token) then
   return { 0 }
 end
-redis.call('XCLAIM', key('work', job), GROUP, worker, 0, entry, 'IDLE', lease_ms, 'JUSTID')
+if redis.pcall('XCLAIM', key('work', job), GROUP, worker, 0, entry, 'IDLE', lease_ms, 'JUSTID').err then
+  return { 0 } -- the stream is lost, and a janitor makes it again
+end
 redis.call('HDEL', key('tasks', job), task .. ' holder')
 if tonumber(task_field(job, task, 'deliveries') or '0') > 0 then
   redis.call('HINCRBY', key('tasks', job), task .. ' deliveries', -1)

@@ -5,5 +5,7 @@ local job, task, token, entry, worker = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV
 if not holds(job, task, token) then
   return { 0 }
 end
-redis.call('XCLAIM', key('work', job), GROUP, worker, 0, entry, 'JUSTID')
+if redis.pcall('XCLAIM', key('work', job), GROUP, worker, 0, entry, 'JUSTID').err then
+  return { 0 } -- the stream is lost, and a janitor makes it again
+end
 return { 1, job_field(job, 'status') }

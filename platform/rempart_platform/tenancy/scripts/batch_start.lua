@@ -6,6 +6,9 @@ if not holds(job, 'validate', token) then
   return { 0 }
 end
 end_task(job, 'validate', entry)
+if job_number(job, 'num_shards') > 0 then
+  return { 1 } -- started already
+end
 if job_field(job, 'status') == 'cancelling' then
   close_job(job, 'cancelled', now_s)
   return { 1 }

@@ -1,14 +1,17 @@
 -- Admits a request and counts its worst case in every account, or refuses it and counts nothing.
 -- ARGV: id, tokens, money, window_us, lease_us, plan, model, key id (the last two '' when there is no such account),
---   then eight limits that the tenant inherits and eight that its model inherits, in the order of LIMITS (0 = unlimited)
+--   then eight limits that the tenant inherits and eight that its model inherits, in the order of LIMITS (0 = unlimited),
+--   and the longest window that is counted anew after this grant (0 = none)
 -- Reply: outcome, wait_us, now_us, leases swept, then limit, use and reset_us of requests and of tokens, each of the
---   account with the least left, then what refused: its name, the limit, the account, 1 when some wait is unknown
+--   account with the least left, then what refused: its name, the limit, the account, 1 when some wait is unknown;
+--   excess
 --   outcome: 'admitted', 'settled' (it was given up before this script came), 'impossible' (more than a limit),
 --            'plan' (the tenant's plan is another: its name is told as the name of what refused), or the limit that
 --            refuses longest
 --   wait_us: until the window has room for this request or the budget begins anew; 0 when the end is unknown: when
 --            something in flight has to end first
 --   reset_us: until the window is empty
+--   excess: tokens of the window beyond the limit after this grant, where it was counted anew
 local LIMITS = {
   'requests_per_minute', 'tokens_per_minute', 'concurrency', 'concurrent_tokens',
   'tokens_per_day', 'tokens_per_month', 'money_per_day', 'money_per_month',
@@ -184,9 +187,21 @@ local function tightest(limit, use)
   return found.limits[limit], found[use], until_empty(found)
 end
 
+-- What admission goes by is a sum that many calls keep. This counts what really lies there.
+local function excess_of(account, max_counted)
+  local limit, tokens = account.limits.tokens_per_minute, 0
+  if limit == 0 or redis.call('HLEN', account.amounts) > max_counted then
+    return 0
+  end
+  for _, amount in ipairs(redis.call('HVALS', account.amounts)) do
+    tokens = tokens + tonumber(amount)
+  end
+  return math.max(tokens - limit, 0)
+end
+
 local own_plan = redis.call('HGET', tenant_key, 'plan') or ''
 if own_plan ~= plan then
-  return { 'plan', 0, now_us, 0, 0, 0, 0, 0, 0, 0, own_plan, 0, '', 0 }
+  return { 'plan', 0, now_us, 0, 0, 0, 0, 0, 0, 0, own_plan, 0, '', 0, 0 }
 end
 
 local num_swept = 0
@@ -217,6 +232,13 @@ elseif not is_there then
   end
 end
 
+local excess, max_counted = 0, tonumber(ARGV[25] or '0')
+if refusal.outcome == 'admitted' and max_counted > 0 then
+  for _, account in ipairs(accounts) do
+    excess = math.max(excess, excess_of(account, max_counted))
+  end
+end
+
 local max_requests, num_requests, requests_reset_us = tightest('requests_per_minute', 'requests')
 local max_tokens, num_tokens, tokens_reset_us = tightest('tokens_per_minute', 'tokens')
 local told = { refusal.outcome, refusal.limit, refusal.account }
@@ -226,5 +248,5 @@ end
 return {
   refusal.outcome, refusal.wait_us, now_us, num_swept,
   max_requests, num_requests, requests_reset_us, max_tokens, num_tokens, tokens_reset_us,
-  told[1], told[2], told[3], refusal.is_unknown,
+  told[1], told[2], told[3], refusal.is_unknown, integer(excess),
 }
