@@ -32,6 +32,7 @@ from rempart_platform.endpoints.service_name import ServiceName, parse_services
 from rempart_platform.endpoints.session import SessionConfig
 from rempart_platform.endpoints.static import parse_address, parse_addresses
 from rempart_platform.holding import HoldConfig
+from rempart_platform.oidc.values import OidcConfig
 from rempart_platform.request_limits import RequestLimits
 from rempart_platform.tenancy.queue_values import QueueConfig
 from rempart_platform.tenancy.quota import QuotaConfig
@@ -104,6 +105,7 @@ class RouterConfig:
     queue: QueueConfig = QueueConfig()
     batch: BatchConfig = BatchConfig()
     audit: AuditConfig = AuditConfig()
+    oidc: OidcConfig = OidcConfig()
 
     def __post_init__(self) -> None:
         names = [model.name for model in self.models]

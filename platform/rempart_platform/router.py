@@ -33,6 +33,7 @@ from rempart_platform.holding import HoldingRoom
 from rempart_platform.metrics import EndpointCollector, QueueMetrics, QuotaMetrics, RouterMetrics
 from rempart_platform.model_sync import load_catalog, sync_model
 from rempart_platform.models import ModelCatalog
+from rempart_platform.oidc.authenticator import Gates, open_gates
 from rempart_platform.process_metrics import RouterState, register_process_metrics
 from rempart_platform.readiness import Readiness
 from rempart_platform.servers import grpc_server, http_server, metrics_server
@@ -82,13 +83,15 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
         queue = await stack.enter_async_context(_open_queue(redis, config.queue, metrics, pool))
         hasher = KeyHasher(secrets.key_pepper)
         keys = ApiKeyStore(redis, hasher)
+        by_key = Gates(Authenticator(keys, hasher), AdminAuthenticator(secrets.admin_key))
+        gates = await stack.enter_async_context(open_gates(config.oidc, by_key, TenantRegistry(redis)))
         standings = Standings(redis, time.monotonic)
         dispatch = DispatchConfig(
             secrets.cache_secret, max_attempts=config.max_attempts, default_timeout_s=config.default_timeout_s
         )
         batch = BatchService(redis, config.batch, registry) if config.batch.store else None
         services = ApiServices(
-            authenticator=StandingAuthenticator(Authenticator(keys, hasher), standings),
+            authenticator=StandingAuthenticator(gates.tenants, standings),
             catalog=catalog,
             dispatcher=Dispatcher(
                 ledger=ledger,
@@ -107,7 +110,7 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
             batches=batch.batches if batch is not None else None,
             batch_limits=config.batch.limits,
         )
-        admin = _build_admin(redis, keys, secrets, audit)
+        admin = _build_admin(redis, keys, gates, audit)
         inference = InferenceServicer(services, config.grpc)
         batches = BatchesServicer(services, config.grpc)
         metrics_url = await stack.enter_async_context(metrics_server(registry, config))
@@ -187,12 +190,10 @@ async def _open_queue(
             yield queue
 
 
-def _build_admin(
-    redis: RedisClient, keys: ApiKeyStore, secrets: RouterSecrets, audit: AuditLog | None
-) -> AdminServicer:
+def _build_admin(redis: RedisClient, keys: ApiKeyStore, gates: Gates, audit: AuditLog | None) -> AdminServicer:
     tenants = TenantRegistry(redis)
     return AdminServicer(
-        AdminAuthenticator(secrets.admin_key),
+        gates.admins,
         tenants,
         keys,
         UsageReader(redis, tenants),

@@ -1,9 +1,6 @@
 """A whole router with its audit log."""
 
 import asyncio
-import json
-import os
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -12,8 +9,6 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from rempart_platform.audit.heads import HeadStore
 from rempart_platform.audit.store import SegmentStore
@@ -22,12 +17,14 @@ from rempart_platform.audit.verify import Verification, Wanted, read_records, ve
 from rempart_platform.config import ModelSource, RouterConfig, RouterSecrets
 from rempart_platform.endpoints.session import SessionConfig
 from rempart_platform.endpoints.testing import FakeEngine, fake_model_info
+from rempart_platform.local_testing import write_byte_model
 from rempart_platform.object_store import open_object_store
+from rempart_platform.oidc.testing import AUDIENCE, local_issuer, new_key
+from rempart_platform.oidc.values import OidcConfig
 from rempart_platform.router import serve
 from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redis
 from rempart_platform.tenancy.redis_client import connect_redis
 from rempart_platform.tenancy.testing import patient
-from rempart_platform.text.byte_level import BYTE_OF
 from rempart_protos.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 MODEL = "tiny"
@@ -75,7 +72,7 @@ async def make_key(address: str) -> str:
 
 @asynccontextmanager
 async def audited_router(
-    folder: Path, model_folder: Path, engine: FakeEngine, **changes: object
+    folder: Path, model_folder: Path, engine: FakeEngine, oidc: OidcConfig | None = None, **changes: object
 ) -> AsyncIterator[Audited]:
     audit = AuditConfig(store=f"file://{folder}", seal_s=0.05, backoff_s=0.01, max_backoff_s=0.05)
     config = RouterConfig(
@@ -87,6 +84,7 @@ async def audited_router(
         drain_timeout_s=5.0,
         redis_timeout_s=5.0,
         session=SessionConfig(backoff_initial_s=0.01),
+        oidc=oidc or OidcConfig(),
         audit=replace(audit, **changes),  # type: ignore[arg-type]  # the tests name its fields
     )
     ready: asyncio.Future[dict[str, object]] = asyncio.get_running_loop().create_future()
@@ -113,14 +111,7 @@ def body(**fields: object) -> dict[str, object]:
 
 @pytest.fixture(scope="session")
 def byte_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The text side of a model whose token ids are bytes."""
-    folder = tmp_path_factory.mktemp("model")
-    backend = tokenizers.Tokenizer(models.BPE({character: byte for character, byte in BYTE_OF.items()}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text("{}")
-    return folder
+    return write_byte_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -200,47 +191,29 @@ async def test_a_router_whose_log_cannot_be_stored_refuses_acts_and_then_request
         assert "not_begun" in [record["outcome"] for record in await router.records("outcome")]
 
 
-async def test_a_router_that_is_killed_leaves_a_chain_that_is_right(
+async def test_who_comes_with_a_token_is_in_the_log_an_admin_by_name_a_tenant_by_digest(
     tmp_path: Path, byte_model_folder: Path, engine: FakeEngine
 ) -> None:
-    environ = {"REMPART_ADMIN_KEY": ADMIN_KEY, "REMPART_KEY_PEPPER": PEPPER, "REMPART_CACHE_SECRET": CACHE_SECRET}
-    async with embedded_redis(EmbeddedRedisConfig()) as redis:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "rempart_platform", "--model", f"{MODEL}={byte_model_folder}"),
-            *("--engines", engine.address, "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"),
-            *("--audit-store", f"file://{tmp_path}/audit", "--audit-seal-s", "0.02", "--redis-timeout-s", "5"),
-            env=os.environ | environ | {"REMPART_REDIS_URL": redis.url},
-            stdout=asyncio.subprocess.PIPE,
-        )
-        assert process.stdout is not None
-        ready = await asyncio.wait_for(process.stdout.readline(), 30)
-        assert ready, await process.wait()
-        line = json.loads(ready)
-        key = await make_key(line["grpc"])
-        num_answered = 0
-
-        async def ask(http: httpx.AsyncClient) -> None:
-            nonlocal num_answered
-            while True:
+    with local_issuer() as issuer:
+        issuer.keys["ed"] = new_key("EdDSA")
+        oidc = OidcConfig(issuer=issuer.url, audience=AUDIENCE, admin_role="operator")
+        async with audited_router(tmp_path, byte_model_folder, engine, oidc) as router:
+            tenant, operator = issuer.token("ed", "EdDSA"), issuer.token("ed", "EdDSA", sub="grace", roles=["operator"])
+            async with grpc.aio.insecure_channel(router.line["grpc"]) as channel:
+                admin = admin_pb2_grpc.AdminStub(channel)
+                request = admin_pb2.CreateTenantRequest(name="acme")
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await admin.CreateTenant(request, metadata=(("authorization", f"Bearer {tenant}"),))
+                assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+                await admin.CreateTenant(request, metadata=(("authorization", f"Bearer {operator}"),))
+            async with chat(tenant, router.line["http"]) as http:
                 assert (await http.post("/v1/completions", json=body())).status_code == 200
-                num_answered += 1
-                if num_answered == 100:
-                    process.kill()
-
-        async with chat(key, line["http"]) as http:
-            asking = [asyncio.create_task(ask(http)) for _ in range(4)]
-            done, _ = await asyncio.wait(asking, return_when=asyncio.FIRST_EXCEPTION, timeout=60)
-            assert all(isinstance(task.exception(), httpx.TransportError) for task in done)
-            for task in asking:
-                task.cancel()
-            await asyncio.wait(asking)
-        await process.wait()
-        store = SegmentStore(open_object_store(f"file://{tmp_path}/audit"))
-        async with connect_redis(patient(redis.url)) as client:
-            checked = await verify(store, heads=HeadStore(client))
-    assert (checked.problems, checked.num_chains) == ([], 1)
-    records = [record async for record in read_records(store, Wanted())]
-    assert [record["n"] for record in records] == list(range(len(records)))
-    assert [record["act"] for record in records if record["kind"] == "outcome"] == ["create_tenant", "issue_key"]
-    assert sum(record["kind"] == "request" for record in records) >= 1
-    assert records[-1]["kind"] != "end"
+            router.stop.set()
+            await router.stopped
+            assert (await router.check()).problems == []
+            outcomes = [(record["who"], record["outcome"]) for record in await router.records("outcome")]
+            assert outcomes == [("", "invalid_api_key"), ("oidc:grace", "ok")]
+            (asked,) = await router.records("request")
+            assert asked["tenant"] == "acme"
+            assert str(asked["key_id"]).startswith("oidc:")
+            assert "ada" not in str(asked)

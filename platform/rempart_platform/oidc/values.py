@@ -1,0 +1,68 @@
+"""Whose tokens a router accepts beside its own API keys."""
+
+from dataclasses import dataclass
+
+SAFE_ALGORITHMS = frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"})
+"""Those with a private and a public key: what checks a token cannot make one."""
+
+
+@dataclass(frozen=True, slots=True)
+class OidcConfig:
+    """One issuer of tokens (OpenID Connect, JWT).
+
+    Raises:
+        ValueError: something is missing or makes no sense, with the name of its flag.
+    """
+
+    issuer: str = ""
+    """Its URL, as the claim `iss` has it. "" accepts API keys alone."""
+    audience: str = ""
+    """What a token's claim `aud` must name."""
+    jwks_url: str = ""
+    """Where its keys are; found in the issuer's discovery document when not given."""
+    tenant_claim: str = "tenant"
+    """The claim that names the tenant; `a.b` is b inside a, as for roles."""
+    roles_claim: str = "roles"
+    admin_role: str = ""
+    """Who has it may call the Admin service; "" lets the admin key alone do that."""
+    algorithms: str = "RS256,ES256,EdDSA"
+    leeway_s: float = 30.0
+    """How far the issuer's clock may be from ours."""
+    refresh_s: float = 600.0
+    """How often keys are fetched."""
+    min_refresh_s: float = 10.0
+    """How often at most, also when tokens name keys that nobody knows."""
+    max_key_age_s: float = 3600.0
+    """For how long the keys of an issuer that is away are good."""
+    fetch_timeout_s: float = 5.0
+    max_document_bytes: int = 256 * 1024
+    max_keys: int = 64
+    max_token_bytes: int = 8192
+    tenant_memory_s: float = 5.0
+    """How long it is remembered that a tenant exists."""
+
+    def __post_init__(self) -> None:
+        if not self.issuer:
+            return
+        for name in ("issuer", "jwks_url"):
+            url = getattr(self, name)
+            if url and not url.startswith(("https://", "http://")):
+                raise ValueError(f"{_flag(name)} must be https:// or, inside the cluster, http://")
+        for name in ("audience", "tenant_claim", "roles_claim"):
+            if not getattr(self, name):
+                raise ValueError(f"{_flag(name)} must not be empty when --oidc-issuer is given")
+        unsafe = sorted(set(self.allowed) - SAFE_ALGORITHMS)
+        if unsafe or not self.allowed:
+            raise ValueError(f"--oidc-algorithms must be of {', '.join(sorted(SAFE_ALGORITHMS))}, not {unsafe}")
+        for name in ("refresh_s", "min_refresh_s", "fetch_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{_flag(name)} must be above 0")
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """`algorithms`, one by one."""
+        return tuple(name.strip() for name in self.algorithms.split(",") if name.strip())
+
+
+def _flag(name: str) -> str:
+    return "--oidc-" + name.replace("_", "-")
