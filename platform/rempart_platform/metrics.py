@@ -14,7 +14,7 @@ from rempart_platform.endpoints.load import EndpointState
 from rempart_platform.generation import Usage
 from rempart_platform.request_trace import RequestTrace
 from rempart_platform.scaling_metrics import ScalingMetrics
-from rempart_platform.tenancy.queue_values import QueueSnapshot
+from rempart_platform.tenancy.queue_values import Place, QueueSnapshot
 
 _PREFIX = "rempart_router_"
 _FAST_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -67,6 +67,9 @@ class RouterMetrics:
 
         self._requests = counter("requests", "Requests that ended, by how.", "model", "tenant", "outcome")
         self._rejections = counter("rejections", "Requests refused before an engine saw them.", "model", "reason")
+        self._tenant_rejections = counter(
+            "tenant_rejections", "Requests refused before an engine saw them.", "tenant", "reason"
+        )
         self._retries = counter("dispatch_retries", "Requests handed to a further endpoint.", "model")
         self._engine_errors = counter("engine_errors", "Attempts that an engine or its loss ended.", "model", "code")
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens charged.", "model", "tenant")
@@ -79,10 +82,16 @@ class RouterMetrics:
         self._quota_events = counter("quota_events", "What befell reservations.", "event")
         for event in _QUOTA_EVENTS:
             self._quota_events.labels(event)
+        self._overgranted = counter(
+            "quota_overgranted_tokens", "Tokens granted beyond a limit of tokens per minute: 0, or quotas are wrong."
+        )
         self._cost = counter("cost", "Cost of what was used, in the operator's currency.", "model", "tenant")
         self._in_flight = gauge("requests_in_flight", "Requests admitted and not ended.", "model")
         self._queue_waiting = gauge("queue_waiting_requests", "This router's requests that wait.", "model", "tenant")
         self._queue_wait = histogram("queue_wait_seconds", "Wait for room in the engines.", _WAIT_S, "tenant")
+        self._queue_class_wait = histogram(
+            "queue_class_wait_seconds", "Wait for room in the engines, by service tier.", _WAIT_S, "class"
+        )
         self._queue_events = counter("queue_events", "What befell requests in the fair queue.", "model", "event")
         self._queue_depth = gauge("queue_depth", "Requests of all routers that wait.", "model", "class")
         self._queue_lag = gauge(
@@ -132,6 +141,7 @@ class RouterMetrics:
             if trace.error is not None:
                 reason = trace.violation.metric if trace.violation is not None else trace.outcome
                 self._rejections.labels(model, reason).inc()
+                self._tenant_rejections.labels(tenant, reason).inc()
             return
         self._queue_time.labels(model).observe(trace.dispatched_s - trace.started_s)
         if trace.first_event_s is None:
@@ -151,6 +161,9 @@ class RouterMetrics:
     def _count_quota_tokens(self, trace: RequestTrace, state: str, num_tokens: int) -> None:
         self._quota_tokens.labels(self._tenant(trace.request.caller.tenant), state).inc(num_tokens)
 
+    def count_overgranted_tokens(self, tokens: int) -> None:
+        self._overgranted.inc(tokens)
+
     def count_quota_event(self, event: str, count: int = 1) -> None:
         self._quota_events.labels(event).inc(count)
 
@@ -161,9 +174,11 @@ class RouterMetrics:
         """The counterpart of `queue_entered`."""
         self._queue_waiting.labels(model, self._tenant(tenant)).dec()
 
-    def queue_granted(self, tenant: str, model: str, waited_s: float) -> None:
-        self._queue_wait.labels(model, self._tenant(tenant)).observe(waited_s)
-        self._queue_waiting.labels(model, self._tenant(tenant)).inc(0)  # told from now on, also while nothing waits
+    def queue_granted(self, place: Place) -> None:
+        request = place.request
+        self._queue_wait.labels(request.model, self._tenant(request.tenant)).observe(place.waited_s)
+        self._queue_class_wait.labels(request.model, request.service_tier.name.lower()).observe(place.waited_s)
+        self._queue_waiting.labels(request.model, self._tenant(request.tenant)).inc(0)  # told from now on
 
     def count_queue_event(self, model: str, event: str, count: int = 1) -> None:
         self._queue_events.labels(model, event).inc(count)
@@ -194,8 +209,8 @@ class QueueMetrics:
     def left(self, tenant: str, model: str) -> None:
         self._metrics.queue_left(tenant, model)
 
-    def granted(self, tenant: str, model: str, waited_s: float) -> None:
-        self._metrics.queue_granted(tenant, model, waited_s)
+    def granted(self, place: Place) -> None:
+        self._metrics.queue_granted(place)
 
     def refused(self, tenant: str, model: str, reason: str) -> None:
         self._metrics.count_queue_event(model, f"refused_{reason}")
@@ -218,6 +233,9 @@ class QuotaMetrics:
 
     def refused(self, tenant: str, reason: str) -> None:
         self._metrics.count_quota_event(f"refused_{reason}")
+
+    def overgranted(self, tokens: int) -> None:
+        self._metrics.count_overgranted_tokens(tokens)
 
     def settled(self, tenant: str, model: str, usage: Usage) -> None:
         self._metrics.count_quota_event("settled")

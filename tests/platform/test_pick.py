@@ -8,6 +8,7 @@ from rempart_platform.endpoints.load import EndpointLoad, EndpointModel, Endpoin
 from rempart_platform.endpoints.pick import PickConfig, pick, work_tokens
 from rempart_platform.endpoints.static import parse_addresses
 
+FEW_ROWS = EndpointModel("m", max_model_len=4096, vocab_size=512, eos_token_ids=(0,), block_size=64, max_num_rows=2)
 MODEL = EndpointModel("m", max_model_len=4096, vocab_size=512, eos_token_ids=(0,), block_size=64)
 IDLE = EndpointLoad(num_free_blocks=100, num_blocks=100)
 
@@ -121,3 +122,13 @@ def test_addresses_come_in_order() -> None:
 def test_a_malformed_address_is_refused_by_name(text: str) -> None:
     with pytest.raises(ValueError, match="endpoint '"):
         parse_addresses(text)
+
+
+def test_a_free_row_comes_before_a_cached_prefix_and_less_work() -> None:
+    busy = EndpointState("busy:1", FEW_ROWS, is_ready=True, load=EndpointLoad(num_running=1, num_blocks=100))
+    full = EndpointState("full:1", FEW_ROWS, is_ready=True, load=EndpointLoad(1, 1, num_blocks=100, num_free_blocks=90))
+    ours = replace(full, address="ours:1", load=EndpointLoad(num_blocks=100, num_free_blocks=100), num_in_flight=2)
+    cached = {"full:1": 4000, "ours:1": 4000}
+    picked = pick([busy, full, ours], "m", random.Random(1), cached_tokens=cached)
+    assert picked == busy
+    assert pick([full, ours], "m", random.Random(1), cached_tokens=cached) == ours

@@ -428,6 +428,25 @@ async def test_open_breaker_refuses_without_leaving_refunds_to_bring(
         assert len(ledger.endings) == 2
 
 
+async def test_what_is_granted_beyond_a_limit_is_seen_by_counting_anew(
+    observer: RecordingObserver, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with own_redis() as redis:
+        ledger = _ledger(
+            redis, observer, QuotaConfig(default_limits=TenantLimits(tokens_per_minute=100), recount_s=0.0)
+        )
+        first = await ledger.reserve("acme", "first", 60)
+        assert observer.counts["overgranted"] == 0
+        spent = TenantKeys("acme").account()[5]
+        await redis.call(lambda each: each.set(spent, 0))  # as a script that miscounts would leave it
+        await ledger.reserve("acme", "second", 60)
+        assert observer.counts["overgranted"] == 20
+        assert "beyond a limit" in caplog.text
+        await ledger.settle(first, Usage(10, 0), "")
+        await ledger.reserve("acme", "third", 30)
+        assert observer.counts["overgranted"] == 20
+
+
 async def test_full_redis_refuses_to_reserve_and_still_settles(observer: RecordingObserver) -> None:
     async with (
         embedded_redis(EmbeddedRedisConfig(max_memory_bytes=8 * 2**20)) as server,

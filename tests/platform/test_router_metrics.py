@@ -9,7 +9,7 @@ from rempart_platform.generation import Caller, Delta, Finished, FinishReason, G
 from rempart_platform.metrics import BoundedLabel, EndpointCollector, QueueMetrics, QuotaMetrics, RouterMetrics
 from rempart_platform.request_trace import RequestTrace
 from rempart_platform.tenancy.fair_queue import QueueObserver
-from rempart_platform.tenancy.queue_values import ClassSnapshot, QueueSnapshot
+from rempart_platform.tenancy.queue_values import ClassSnapshot, Place, QueueRequest, QueueSnapshot
 from rempart_platform.tenancy.quota import LedgerObserver
 from rempart_protos.v1 import sampling_pb2
 
@@ -81,6 +81,8 @@ def test_rejections_are_counted_by_reason_and_are_no_latency(error: RempartError
     RouterMetrics(registry).request_ended(request)
     labels = {"model": "m", "reason": reason}
     assert registry.get_sample_value("rempart_router_rejections_total", labels) == 1
+    of_tenant = {"tenant": "acme", "reason": reason}
+    assert registry.get_sample_value("rempart_router_tenant_rejections_total", of_tenant) == 1
     assert registry.get_sample_value("rempart_router_queue_time_seconds_count", {"model": "m"}) is None
 
 
@@ -128,6 +130,9 @@ def test_the_ledgers_events_are_counted() -> None:
     observer.refused("acme", "tokens")
     observer.leases_expired(3)
     observer.ending_lost()
+    assert registry.get_sample_value("rempart_router_quota_overgranted_tokens_total") == 0, "it is there to be watched"
+    observer.overgranted(20)
+    assert registry.get_sample_value("rempart_router_quota_overgranted_tokens_total") == 20
     for event, count in (("refused_tokens", 1), ("lease_expired", 3), ("ending_lost", 1)):
         assert registry.get_sample_value("rempart_router_quota_events_total", {"event": event}) == count
 
@@ -144,9 +149,13 @@ def test_the_fair_queue_is_measured_for_each_tenant_and_as_a_whole() -> None:
     assert value("queue_waiting_requests", tenant="acme") == 1
     assert value("queue_waiting_requests", tenant="other") == 2
     observer.left("third", "m")
-    observer.granted("third", "m", 0.3)
+    for tenant, service_tier, waited_s in (("third", ServiceTier.DEFAULT, 0.3), ("acme", ServiceTier.FLEX, 2.0)):
+        asked = QueueRequest("r", tenant, "m", 1, 1, service_tier=service_tier)
+        observer.granted(Place(asked, fence=1, waited_s=waited_s))
     assert value("queue_waiting_requests", tenant="other") == 1
     assert value("queue_wait_seconds_sum", tenant="other") == 0.3
+    assert value("queue_class_wait_seconds_sum", **{"class": "default"}) == 0.3
+    assert value("queue_class_wait_seconds_sum", **{"class": "flex"}) == 2.0
     observer.refused("acme", "m", "tenant_full")
     observer.swept("m", 7)
     assert value("queue_events_total", event="refused_tenant_full") == 1
@@ -161,6 +170,6 @@ def test_the_fair_queue_is_measured_for_each_tenant_and_as_a_whole() -> None:
 
 def test_a_tenant_who_waits_for_nothing_is_told_once_he_was_granted_room() -> None:
     registry = CollectorRegistry()
-    RouterMetrics(registry).queue_granted("acme", "m", 0.5)
+    RouterMetrics(registry).queue_granted(Place(QueueRequest("r", "acme", "m", 1, 1), 1, 0.5))
     labels = {"model": "m", "tenant": "acme"}
     assert registry.get_sample_value("rempart_router_queue_waiting_requests", labels) == 0

@@ -62,6 +62,13 @@ def work_tokens(state: EndpointState) -> int:
     return state.num_in_flight_tokens + load.num_waiting_tokens + used_blocks * _block_size(state)
 
 
+def has_free_row(state: EndpointState) -> bool:
+    """Whether a new request would begin at once and not wait until another ends; True where that is not known."""
+    assert state.model is not None, "it can take requests"
+    num_taken = max(state.load.num_running + state.load.num_waiting, state.num_in_flight)
+    return state.model.max_num_rows == 0 or num_taken < state.model.max_num_rows
+
+
 def pick(
     states: Iterable[EndpointState],
     model: str,
@@ -72,6 +79,7 @@ def pick(
 ) -> EndpointState | None:
     """The endpoint for the next request of a model, or None when none can take it.
 
+    Those with a free row come before those without: the fair queue lets a request go because there is one somewhere.
     The score is in tokens: the work before the request, and what of its prompt is not cached. A token of work counts
     the more, the smaller the endpoint's KV capacity is beside the largest one's.
 
@@ -85,6 +93,7 @@ def pick(
     candidates = [state for state in states if can_take(state, model) and state.address not in avoid]
     if not candidates:
         return None
+    candidates = [state for state in candidates if has_free_row(state)] or candidates
     cached = cached_tokens or {}
     largest = max(_capacity(state) for state in candidates)
     # The prompt is equally long everywhere: what is cached is taken off instead of adding what is not.

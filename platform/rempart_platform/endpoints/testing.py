@@ -74,6 +74,8 @@ class _Choice:
     prompt_hash: int
     deadline_s: float
     arrival: int
+    num_prompt_steps: int
+    """Steps that bring no token yet."""
     is_first: bool = True
 
 
@@ -92,6 +94,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
     Args:
         info: what GetModelInfo tells.
         step_s: pause between steps; each step brings every running choice one token.
+        prompt_tokens_per_step: how fast prompts are computed; None: all of one in its first step.
         rows: the most choices that run at once, in order of arrival; the others wait. None: all run.
         token: the model, instead of the hash.
         faults: what goes wrong; may be replaced while it runs.
@@ -102,6 +105,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         info: engine_pb2.ModelInfo | None = None,
         *,
         step_s: float = 0.001,
+        prompt_tokens_per_step: int | None = None,
         rows: int | None = None,
         token: TokenFunction | None = None,
         faults: Faults = Faults(),
@@ -115,6 +119,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         self.aborted_ids: list[str] = []
         self.is_draining = False
         self.address = ""
+        self._prompt_tokens_per_step = prompt_tokens_per_step
         self._rows = rows
         self._token = token
         self._sessions: list[_Session] = []
@@ -255,8 +260,10 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         now = asyncio.get_running_loop().time()
         deadline_s = now + request.timeout_s if request.HasField("timeout_s") else math.inf
         prompt = _prompt_hash(request)
+        per_step = self._prompt_tokens_per_step or math.inf
+        num_waits = max(math.ceil(len(request.prompt_token_ids) / per_step) - 1, 0)
         session.running[request.request_id] = [
-            _Choice(request, choice, request.num_emitted_tokens, prompt, deadline_s, len(self.started))
+            _Choice(request, choice, request.num_emitted_tokens, prompt, deadline_s, len(self.started), num_waits)
             for choice in range(num_choices)
         ]
 
@@ -295,6 +302,9 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
             code = engine_pb2.EngineError.CODE_DEADLINE_EXCEEDED
             return _error_event(request.request_id, choice.choice, index, code, sampling_pb2.FINISH_REASON_ABORT)
         if faults.hang_at is not None and index >= faults.hang_at:
+            return None
+        if choice.num_prompt_steps > 0:
+            choice.num_prompt_steps -= 1
             return None
         if index == faults.die_at:
             self._died.set()

@@ -62,8 +62,8 @@ class QueueObserver(Protocol):
     def left(self, tenant: str, model: str) -> None:
         """A request no longer waits, however that ended."""
 
-    def granted(self, tenant: str, model: str, waited_s: float) -> None:
-        """Also of requests that did not have to wait."""
+    def granted(self, place: Place) -> None:
+        """Also to requests that did not have to wait."""
 
     def refused(self, tenant: str, model: str, reason: str) -> None:
         """`reason`: "full", "tenant_full", "deadline" or "unavailable"."""
@@ -341,7 +341,7 @@ class FairQueue:
         waited_s = self._clock() - entry.entered_s
         place = Place(entry.request, fence, waited_s)
         room.places[request_id] = place
-        self._observer.granted(entry.request.tenant, room.model, waited_s)
+        self._observer.granted(place)
         if not entry.granted.done():
             entry.granted.set_result(place)
 

@@ -32,7 +32,7 @@ class RecordingQueueObserver:
     def left(self, tenant: str, model: str) -> None:
         self._count("left")
 
-    def granted(self, tenant: str, model: str, waited_s: float) -> None:
+    def granted(self, place: Place) -> None:
         self._count("granted")
 
     def refused(self, tenant: str, model: str, reason: str) -> None:

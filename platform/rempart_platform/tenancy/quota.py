@@ -62,6 +62,10 @@ class QuotaConfig:
     ending_max_age_s: float = 600.0
     """For how long an ending is brought again while Redis is away; less than `ending_memory_s`."""
     max_waiting_endings: int = 10_000
+    recount_s: float = 0.1
+    """How often a grant counts its tenant's window anew, to prove that nothing is granted beyond a limit."""
+    max_recounted: int = 1000
+    """Reservations of a window that is counted anew; a longer one is not."""
     drain_s: float = 2.0
     """For how long endings that wait hold up a router that stops."""
 
@@ -79,6 +83,9 @@ class LedgerObserver(Protocol):
 
     def refused(self, tenant: str, reason: str) -> None:
         """`reason`: "impossible", "unavailable", or the limit: "requests", "tokens", "concurrency" and so on."""
+
+    def overgranted(self, tokens: int) -> None:
+        """So many tokens were granted beyond a limit of tokens per minute, which must never be."""
 
     def settled(self, tenant: str, model: str, usage: Usage) -> None: ...
 
@@ -107,6 +114,8 @@ class Ledger:
         self._lease_us = _microseconds(config.lease_s)
         self._memory_us = _microseconds(config.ending_memory_s)
         self._terms = Terms(redis, clock)
+        self._clock = clock
+        self._recount_at = clock()
         self._open: dict[str, Reservation] = {}
         self.endings = EndingQueue(
             redis,
@@ -160,6 +169,11 @@ class Ledger:
         reservation = replace(asked, headers=reply.headers())
         self._open[request_id] = reservation
         self._observer.reserved(tenant)
+        if reply.excess:
+            self._observer.overgranted(reply.excess)
+            logger.error(
+                "tokens were granted beyond a limit", extra={"fields": {"tenant": tenant, "excess": reply.excess}}
+            )
         return reservation
 
     async def _at_price(self, asked: Reservation, prompt_tokens: int) -> Reservation:
@@ -177,11 +191,19 @@ class Ledger:
             args += [plan, asked.model, asked.key_id]
             args += limits.own.inherit(self._config.default_limits).numbers()
             args += limits.of_model(asked.model).numbers()
+            args.append(self._max_recounted())
             reply = ReserveReply.parse(await self._redis.run_script(RESERVE, _keys(asked), args))
             if reply.outcome != "plan":
                 return reply
             self._terms.has_plan(asked.tenant, reply.limit_name)
         raise RempartError(ErrorKind.UNAVAILABLE, "The tenant's plan is being changed.", retry_after_s=1.0)
+
+    def _max_recounted(self) -> int:
+        now = self._clock()
+        if now < self._recount_at:
+            return 0
+        self._recount_at = now + self._config.recount_s
+        return self._config.max_recounted
 
     async def settle(self, reservation: Reservation, usage: Usage, model: str) -> None:
         """Ends a reservation with what was used. Again is harmless; never raises because Redis is away."""

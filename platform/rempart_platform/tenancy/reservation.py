@@ -101,10 +101,12 @@ class ReserveReply:
     """Whose limit that is: "tenant", "model" or "key"."""
     has_unknown_wait: bool = False
     """Something in flight is in the way, and nobody knows when it ends."""
+    excess: int = 0
+    """Tokens beyond the limit after this grant, where the window was counted anew: 0, or the ledger is wrong."""
 
     @classmethod
     def parse(cls, reply: ScriptReply) -> "ReserveReply":
-        (outcome, *numbers), (name, limit, account, is_unknown) = reply[:10], reply[10:]
+        (outcome, *numbers), (name, limit, account, is_unknown, excess) = reply[:10], reply[10:]
         wait, now, swept, max_requests, requests, requests_reset, max_tokens, tokens, tokens_reset = (
             int(number or 0) for number in numbers
         )
@@ -112,6 +114,7 @@ class ReserveReply:
             *(str(outcome), wait, now, swept),
             *(max_requests, requests, requests_reset, max_tokens, tokens, tokens_reset),
             *(str(name), int(limit or 0), str(account), is_unknown == 1),
+            excess=int(excess or 0),
         )
 
     @property

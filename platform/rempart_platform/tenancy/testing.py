@@ -35,6 +35,9 @@ class RecordingObserver:
         self.counts["refused"] += 1
         self.counts[f"refused {reason}"] += 1
 
+    def overgranted(self, tokens: int) -> None:
+        self.counts["overgranted"] += tokens
+
     def settled(self, tenant: str, model: str, usage: Usage) -> None:
         self.counts["settled"] += 1
 
