@@ -30,7 +30,9 @@ class BatchClient:
         with path.open("rb") as source:
             call = self._stub.UploadFile(metadata=self._metadata)
             try:
-                said = batch_pb2.FileMetadata(filename=path.name, purpose="batch")
+                # A name on disk may be any bytes; here it is a label.
+                name = os.fsencode(path.name).decode(errors="replace")
+                said = batch_pb2.FileMetadata(filename=name, purpose="batch")
                 await call.write(batch_pb2.UploadFileRequest(metadata=said))
                 while content := await asyncio.to_thread(source.read, _CHUNK_BYTES):
                     await call.write(batch_pb2.UploadFileRequest(content=content))

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai.types import Batch
@@ -22,6 +23,11 @@ QUESTIONS = {
     "animal": "Name one animal.",
 }
 FAULTY = "faulty"
+_FILE = b'--limit\r\nContent-Disposition: form-data; name="file"; filename="in"\r\n\r\n' + b"{}\n" * 100_000
+FORM_OF_ANOTHER_PURPOSE = (
+    _FILE + b'\r\n--limit\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nvision\r\n--limit--\r\n'
+)
+FORM_WITHOUT_END = _FILE
 
 
 @pytest.fixture
@@ -114,6 +120,21 @@ async def test_an_input_that_is_no_batch_fails_with_its_lines(client: openai.Asy
     assert batch.status == "failed"
     assert batch.errors is not None
     assert [each.line for each in batch.errors.data or []] == [2]
+
+
+@pytest.mark.parametrize("form", [FORM_OF_ANOTHER_PURPOSE, FORM_WITHOUT_END])
+async def test_nothing_is_kept_of_an_upload_that_is_refused_at_its_end(
+    platform: PlatformUnderTest, client: openai.AsyncOpenAI, form: bytes
+) -> None:
+    before = [each.id async for each in client.files.list()]
+    headers = {
+        "authorization": f"Bearer {platform.api_key}",
+        "content-type": "multipart/form-data; boundary=limit",
+    }
+    async with httpx.AsyncClient() as http:
+        answer = await http.post(f"{platform.http}/v1/files", content=form, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert [each.id async for each in client.files.list()] == before
 
 
 async def test_another_tenant_sees_none_of_it(platform: PlatformUnderTest, client: openai.AsyncOpenAI) -> None:
