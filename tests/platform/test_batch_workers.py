@@ -1,14 +1,28 @@
 """Batch jobs from the upload to the result file, over a real Redis, with lines whose answers are scripted."""
 
+import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from rempart_platform.batch.config import BatchConfig
-from rempart_platform.batch.testing import CALLER, BatchRig, ScriptedRunner, request_line, right_texts
+from rempart_platform.batch.lanes import Lanes
+from rempart_platform.batch.metrics import BatchMetrics
+from rempart_platform.batch.testing import (
+    CALLER,
+    ENDPOINT,
+    BatchRig,
+    ScriptedRunner,
+    in_pieces,
+    request_line,
+    right_texts,
+)
 from rempart_platform.batch.values import BatchLimits, BatchStatus, LineCounts
+from rempart_platform.batch.work_queue import WorkQueue
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Caller
 from rempart_platform.tenancy.redis_client import RedisClient
@@ -185,6 +199,48 @@ async def test_tenants_take_turns(redis: RedisClient, tmp_path: Path) -> None:
     assert num_answered < 15
 
 
+async def test_work_is_found_however_many_tenants_have_none(rig: BatchRig) -> None:
+    """One call of Redis looks at few tenants: those whose jobs are all in other hands must not hide the rest."""
+    queue = WorkQueue(rig.redis, replace(CONFIG, lease_s=3600.0), "another", rig.clock)
+    for number in range(40):
+        await rig.submit([request_line(1)], caller=Caller(f"busy-{number}", CALLER.key_id))
+        assert await queue.claim(()) is not None
+    batch = await rig.submit([request_line(1)])
+    claim = await queue.claim(())
+    assert claim is not None
+    assert claim.job_id == batch.batch_id
+    assert await queue.claim(()) is None
+    await rig.submit([request_line(1)])
+    assert await queue.claim(("acme ",)) is None  # a tenant of which the worker wants no more
+    assert await queue.claim(("acme another-model",)) is not None
+
+
+async def test_the_models_of_a_tenant_share_its_places_and_not_each_others_waits() -> None:
+    metrics, room = BatchMetrics(CollectorRegistry()), asyncio.Event()
+    lanes = Lanes(CONFIG, metrics, room.set)
+    with lanes.task("acme", "one") as one, lanes.task("acme", "two") as two:
+        assert lanes.full() == ["acme one", "acme two"]  # nobody knows yet how many lines they have
+        one.opened(3)
+        two.opened(2)
+        assert lanes.full() == ["acme one"]
+        async with AsyncExitStack() as stack:
+            for _ in range(2):
+                await stack.enter_async_context(one.line())
+                await stack.enter_async_context(one.in_flight())
+            room.clear()
+            async with two.line(), two.in_flight():
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.01), one.in_flight():
+                        pass
+            assert room.is_set()
+            async with one.in_flight():
+                pass
+        assert lanes.full() == []
+    with lanes.task("globex", "one") as other:
+        other.opened(1)
+        assert lanes.full() == []
+
+
 async def test_a_tenant_may_have_as_many_open_batches_and_no_more(rig: BatchRig) -> None:
     for _ in range(2):
         await rig.submit([request_line(1)])
@@ -202,12 +258,24 @@ async def test_batches_are_listed_newest_first_and_seen_by_their_tenant_alone(ri
     for call in (rig.batches.get, rig.batches.cancel):
         with pytest.raises(RempartError, match="no such batch"):
             await call("globex", first.batch_id)
+
+
+async def test_a_file_that_is_no_input_is_refused(rig: BatchRig) -> None:
     foreign = await rig.upload(b"x", "globex")
-    for file_id in (foreign, "file-none"):
-        with pytest.raises(RempartError, match="no such file"):
+    expired = (await rig.files.create("acme", "x", "batch", in_pieces(b"x"), lifetime_s=1)).file_id
+    result = (await rig.files.create("acme", "x", "batch_output", in_pieces(b"x"))).file_id
+    rig.now_s += 2
+    for file_id, kind in (
+        (foreign, ErrorKind.NOT_FOUND),
+        (expired, ErrorKind.NOT_FOUND),
+        ("file-none", ErrorKind.NOT_FOUND),
+        (result, ErrorKind.INVALID_REQUEST),
+    ):
+        with pytest.raises(RempartError) as caught:
             await rig.batches.create(
-                CALLER, input_file_id=file_id, endpoint="/v1/completions", completion_window_s=60, metadata={}
+                CALLER, input_file_id=file_id, endpoint=ENDPOINT, completion_window_s=60, metadata={}
             )
+        assert (caught.value.kind, caught.value.param) == (kind, "input_file_id")
 
 
 async def test_a_window_that_is_too_long_is_refused(rig: BatchRig) -> None:

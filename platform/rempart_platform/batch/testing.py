@@ -106,9 +106,13 @@ class BatchRig:
 
     def __post_init__(self) -> None:
         self.metrics = BatchMetrics(self.registry)
-        self.storage = BatchStorage(open_object_store(f"file://{self.folder}/objects"))
-        self.files = StoredFiles(self.redis, self.storage, self.config, self.clock)
         self.batches = StoredBatches(self.redis, self.config, clock=self.clock)
+        self.use(BatchStorage(open_object_store(f"file://{self.folder}/objects")))
+
+    def use(self, storage: BatchStorage) -> None:
+        """Keeps all there from now on."""
+        self.storage = storage
+        self.files = StoredFiles(self.redis, storage, self.config, self.clock)
 
     def clock(self) -> float:
         return self.now_s

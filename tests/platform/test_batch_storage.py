@@ -1,0 +1,123 @@
+"""What batch jobs ask of a folder and of a bucket."""
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+from obstore.store import S3Store
+
+from rempart_platform.batch.config import BatchConfig
+from rempart_platform.batch.storage import BatchStorage, MissingObjectError
+from rempart_platform.batch.testing import BatchRig, in_pieces, request_line, right_texts
+from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.object_store import ObjectStore, open_object_store
+from rempart_platform.tenancy.testing import own_redis
+
+LARGE = 6 * 1024 * 1024  # more than one part of an upload
+
+
+@dataclass(frozen=True)
+class Bucket:
+    server: ThreadedMotoServer
+    endpoint: str
+
+    @property
+    def environ(self) -> dict[str, str]:
+        access = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "fr-par"}
+        return {**access, "AWS_ENDPOINT_URL": self.endpoint}
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Bucket]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    bucket = Bucket(server, f"http://{host}:{port}")
+    s3 = boto3.client(
+        "s3",
+        endpoint_url=bucket.endpoint,
+        region_name="fr-par",
+        aws_access_key_id="id",
+        aws_secret_access_key="secret",
+    )
+    s3.create_bucket(Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": "fr-par"})
+    yield bucket
+    server.stop()
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    if request.param == "folder":
+        return open_object_store(f"file://{tmp_path}/objects")
+    found: Bucket = request.getfixturevalue("bucket")
+    return open_object_store(f"s3://bucket/{tmp_path.name}", found.environ)
+
+
+async def all_of(pieces: AsyncIterator[bytes]) -> bytes:
+    return b"".join([piece async for piece in pieces])
+
+
+async def test_objects_are_put_got_and_deleted(store: ObjectStore) -> None:
+    storage = BatchStorage(store)
+    assert await storage.put_first("a/one", b"first")
+    assert not await storage.put_first("a/one", b"second")
+    assert await storage.get("a/one") == b"first"
+    assert await storage.get_range("a/one", 1, 3) == b"ir"
+    await storage.put_stream("a/two", in_pieces(b"x" * LARGE))
+    assert await all_of(storage.stream("a/two")) == b"x" * LARGE
+    await storage.put_stream("a/two", in_pieces(b"new"))
+    assert await all_of(storage.stream("a/two")) == b"new"
+    await storage.put_stream("b/empty", in_pieces(b""))
+    assert await all_of(storage.stream("b/empty")) == b""
+    await storage.delete_all("a")
+    await storage.delete("a/one")
+    for path in ("a/one", "a/two"):
+        with pytest.raises(MissingObjectError):
+            await storage.get(path)
+        with pytest.raises(MissingObjectError):
+            await all_of(storage.stream(path))
+    assert await storage.get("b/empty") == b""
+
+
+async def test_a_stream_that_breaks_leaves_nothing(store: ObjectStore) -> None:
+    async def broken() -> AsyncIterator[bytes]:
+        yield b"x" * LARGE
+        raise RempartError(ErrorKind.REQUEST_TOO_LARGE, "too large")
+
+    storage = BatchStorage(store)
+    with pytest.raises(RempartError, match="too large"):
+        await storage.put_stream("broken", broken())
+    with pytest.raises(MissingObjectError):
+        await storage.get("broken")
+
+
+async def test_a_storage_that_does_not_answer_is_an_answer_of_ours() -> None:
+    store = S3Store(
+        "bucket",
+        endpoint="http://127.0.0.1:9",
+        access_key_id="id",
+        secret_access_key="secret",
+        client_options={"allow_http": True},
+        retry_config={"max_retries": 0},
+    )
+    storage = BatchStorage(store)
+    for call in (storage.get("x"), storage.put_first("x", b""), storage.delete("x"), all_of(storage.stream("x"))):
+        with pytest.raises(RempartError) as caught:
+            await call
+        assert caught.value.kind is ErrorKind.UNAVAILABLE
+        assert "127.0.0.1" not in caught.value.message
+
+
+async def test_a_whole_batch_over_a_bucket(bucket: Bucket, tmp_path: Path) -> None:
+    async with own_redis() as redis:
+        rig = BatchRig(redis, tmp_path, BatchConfig(lines_per_shard=4, poll_s=0.02))
+        rig.use(BatchStorage(open_object_store(f"s3://bucket/{tmp_path.name}", bucket.environ)))
+        async with rig.working():
+            batch = await rig.ended(await rig.submit([request_line(number) for number in range(10)]))
+        assert await rig.texts(batch) == right_texts(range(10))
+        rig.now_s += rig.config.keep_parts_s + 1
+        await rig.janitor().clean()
+        assert await rig.texts(batch) == right_texts(range(10))
