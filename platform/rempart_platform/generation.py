@@ -8,6 +8,8 @@ Both front ends speak through `rempart.v1` messages, so there is one validator a
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 
+import msgspec
+
 from rempart_platform.chat.message import Conversation
 from rempart_protos.v1 import sampling_pb2
 
@@ -68,6 +70,8 @@ class GenerationRequest:
     include_stop: bool = False
     prompt_cache_key: str = ""
     user: str = ""
+    client_request_id: str = ""
+    """What the client calls the request: a label for logs, which nothing goes by."""
     created_s: int = 0
     timeout_s: float | None = None
     conversation: Conversation | None = field(default=None, repr=False)
@@ -107,9 +111,10 @@ class ToolCallDelta:
     arguments: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True):
     """The next piece of one choice: of its text, of its reasoning, or of its tool calls, never of two of them.
+
+    A struct and no dataclass because one is made for every token, and that takes a tenth of the time.
 
     Texts hold no half characters and no part of a stop string. The tokens are those that this piece completes; over
     all deltas of a choice each token comes once.
@@ -121,6 +126,11 @@ class Delta:
     logprobs: tuple[TextLogprob, ...] = ()
     reasoning: str = ""
     tool_calls: tuple[ToolCallDelta, ...] = ()
+
+    @property
+    def is_text_alone(self) -> bool:
+        """Whether it brings text and nothing else."""
+        return bool(self.text) and not (self.logprobs or self.tool_calls)
 
 
 @dataclass(frozen=True, slots=True)

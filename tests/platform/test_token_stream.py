@@ -3,6 +3,7 @@ import asyncio
 import pytest
 
 from rempart_platform.endpoints.token_stream import TokenStream
+from rempart_platform.endpoints.turns import Turns
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_protos.v1 import engine_pb2, sampling_pb2
 
@@ -19,7 +20,7 @@ class Stream:
             num_emitted_tokens=num_emitted_tokens,
         )
         self.ends: list[bool] = []
-        self.stream = TokenStream(request, max_buffered_tokens, self.ends.append)
+        self.stream = TokenStream(request, max_buffered_tokens, self.ends.append, Turns(16))
 
     def push(
         self,

@@ -16,7 +16,7 @@ from rempart_platform.apis.openai_chat_objects import (
     logprobs_of,
     message_of,
 )
-from rempart_platform.apis.openai_objects import RenderContext, Usage, encoder, server_sent
+from rempart_platform.apis.openai_objects import RenderContext, TextFrame, Usage, encoder, server_sent
 from rempart_platform.generation import Delta, Finished, GenerationEvent
 
 
@@ -27,6 +27,7 @@ class ChatRenderer:
         self._context = context
         self._id = f"chatcmpl-{context.request_id}"
         self._has_role: set[int] = set()
+        self._frames: dict[int, TextFrame] = {}
 
     def chunk(self, event: GenerationEvent) -> bytes:
         match event:
@@ -47,6 +48,8 @@ class ChatRenderer:
 
     def _delta(self, delta: Delta) -> bytes:
         """The log-probabilities come with the first chunk. An end token alone is worth none."""
+        if delta.is_text_alone:
+            return self._frame(delta.choice).around(delta.text)
         logprobs = logprobs_of(self._context, [delta])
         contents = [*chunk_deltas(delta)]
         if not contents and logprobs and logprobs.content:
@@ -56,6 +59,12 @@ class ChatRenderer:
             chunks.append(self._choice(delta.choice, content, logprobs))
             logprobs = None
         return b"".join(chunks)
+
+    def _frame(self, choice: int) -> TextFrame:
+        """Of chunks that bring text and nothing else: nearly all."""
+        if choice not in self._frames:
+            self._frames[choice] = TextFrame(lambda text: self._choice(choice, ChunkDelta(content=text), None))
+        return self._frames[choice]
 
     def _choice(self, index: int, delta: ChunkDelta, logprobs: ChoiceLogprobs | None) -> bytes:
         return self._chunk([ChunkChoice(index, delta, logprobs)])

@@ -1,7 +1,7 @@
 """Objects that both OpenAI ways of generating answer with, and what a renderer is."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +12,8 @@ from rempart_platform.generation import Delta, GenerationEvent, GenerationReques
 from rempart_platform.models import ServedModel
 
 DONE = b"data: [DONE]\n\n"
+_ANY_TEXT = "\0the text\0"
+"""Nothing else in a chunk is equal to it: no name holds a zero byte."""
 encoder = msgspec.json.Encoder()
 
 
@@ -91,6 +93,21 @@ class Renderer(Protocol):
 def server_sent(message: msgspec.Struct) -> bytes:
     """One server-sent event."""
     return b"data: " + encoder.encode(message) + b"\n\n"
+
+
+class TextFrame:
+    """A chunk that is made once, and whose text changes.
+
+    Args:
+        render: the chunk with a text in it.
+    """
+
+    def __init__(self, render: Callable[[str], bytes]) -> None:
+        self._before, self._after = render(_ANY_TEXT).split(encoder.encode(_ANY_TEXT))
+
+    def around(self, text: str) -> bytes:
+        """The chunk with this text."""
+        return b"%b%b%b" % (self._before, encoder.encode(text), self._after)
 
 
 def fingerprint(model: ServedModel) -> str:

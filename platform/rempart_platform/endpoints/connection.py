@@ -14,6 +14,7 @@ import grpc.aio
 
 from rempart_platform.endpoints.load import EndpointLoad
 from rempart_platform.endpoints.token_stream import TokenStream
+from rempart_platform.endpoints.turns import Turns
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_protos.v1 import engine_pb2
 
@@ -34,12 +35,20 @@ class EngineConnection:
         call: the open stream; this object is its only reader and writer.
         max_buffered_tokens: the most tokens of one request that may wait for their consumer.
         on_load: told every load that the engine pushes.
+        turns: when consumers are woken.
     """
 
-    def __init__(self, call: SessionCall, max_buffered_tokens: int, on_load: Callable[[EndpointLoad], None]) -> None:
+    def __init__(
+        self,
+        call: SessionCall,
+        max_buffered_tokens: int,
+        on_load: Callable[[EndpointLoad], None],
+        turns: Turns,
+    ) -> None:
         self._call = call
         self._max_buffered_tokens = max_buffered_tokens
         self._on_load = on_load
+        self._turns = turns
         self._streams: dict[str, TokenStream] = {}
         self._deadlines: dict[str, asyncio.TimerHandle] = {}
         self._commands: asyncio.Queue[engine_pb2.SessionCommand] = asyncio.Queue()
@@ -52,7 +61,8 @@ class EngineConnection:
         """Starts a request, whose id must be new to this engine."""
         request_id = request.request_id
         assert request_id not in self._streams
-        stream = TokenStream(request, self._max_buffered_tokens, functools.partial(self._forget, request_id))
+        forget = functools.partial(self._forget, request_id)
+        stream = TokenStream(request, self._max_buffered_tokens, forget, self._turns)
         self._streams[request_id] = stream
         if request.HasField("timeout_s"):
             self._deadlines[request_id] = asyncio.get_running_loop().call_later(

@@ -21,6 +21,7 @@ from rempart_platform.endpoints.backoff import jittered_backoff_s
 from rempart_platform.endpoints.connection import EngineConnection, engine_lost
 from rempart_platform.endpoints.load import EndpointLoad, EndpointModel, EndpointState
 from rempart_platform.endpoints.token_stream import TokenStream
+from rempart_platform.endpoints.turns import Turns
 from rempart_protos.v1 import engine_pb2, engine_pb2_grpc
 
 _logger = logging.getLogger(__name__)
@@ -34,6 +35,9 @@ class SessionConfig:
 
     max_buffered_tokens: int = 2048
     """Most tokens of one request that may wait for its client."""
+    streams_per_pass: int = 16
+    """Most streams of an engine that take their tokens in one pass of the event loop. Where more have some, more of the
+    engine's steps are read between, and streams take more tokens at a time."""
     connect_timeout_s: float = 5.0
     backoff_initial_s: float = 0.1
     backoff_max_s: float = 5.0
@@ -47,8 +51,8 @@ class SessionConfig:
     """Engines that a router connects to at a time; more wait for their turn."""
 
     def __post_init__(self) -> None:
-        if self.max_connecting < 1:
-            raise ValueError("max_connecting must be at least 1")
+        if min(self.max_connecting, self.streams_per_pass) < 1:
+            raise ValueError("max_connecting and streams_per_pass must be at least 1")
 
 
 def backoff_s(attempt: int, config: SessionConfig, rng: random.Random) -> float:
@@ -80,6 +84,7 @@ class EngineSession:
         self._rng = rng
         self._on_change = on_change
         self._connecting = connecting or asyncio.Semaphore(config.max_connecting)
+        self._turns = Turns(config.streams_per_pass)
         self._model: EndpointModel | None = None
         self._connection: EngineConnection | None = None
         self._load: EndpointLoad | None = None  # None: this connection has not brought an update yet
@@ -140,7 +145,7 @@ class EngineSession:
                 return "the engine is not serving"
             self._model = model
             call = engine_pb2_grpc.EngineStub(channel).Session()
-            self._connection = EngineConnection(call, self._config.max_buffered_tokens, self._take_load)
+            self._connection = EngineConnection(call, self._config.max_buffered_tokens, self._take_load, self._turns)
             try:
                 return await self._connection.run()
             finally:

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable
 from types import TracebackType
 
+from rempart_platform.endpoints.turns import Turns
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_protos.v1 import engine_pb2, sampling_pb2
 
@@ -47,16 +48,22 @@ class TokenStream:
         request: what was asked of the engine.
         max_buffered_tokens: the most tokens that may wait for the consumer.
         on_end: told once, when no more events are wanted: whether the engine still runs the request.
+        turns: when the consumer is woken.
     """
 
     def __init__(
-        self, request: engine_pb2.GenerateRequest, max_buffered_tokens: int, on_end: Callable[[bool], None]
+        self,
+        request: engine_pb2.GenerateRequest,
+        max_buffered_tokens: int,
+        on_end: Callable[[bool], None],
+        turns: Turns,
     ) -> None:
         num_choices = request.sampling.n if request.sampling.HasField("n") else 1
         self._next_index: list[int | None] = [request.num_emitted_tokens] * num_choices  # None: the choice has ended
         self._num_live = num_choices
         self._max_buffered_tokens = max_buffered_tokens
         self._on_end = on_end
+        self._turns = turns
         self._is_ended = False
         self._events: list[engine_pb2.TokenEvent] = []
         self._num_buffered_tokens = 0
@@ -117,11 +124,8 @@ class TokenStream:
                 raise self._error
             if self._is_ended:
                 raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            waiter = self._waiter = asyncio.get_running_loop().create_future()
+            await waiter
         events, self._events = self._events, []
         self._num_buffered_tokens = 0
         return events
@@ -152,5 +156,6 @@ class TokenStream:
         self._on_end(still_runs)
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            self._turns.ask(waiter)

@@ -10,7 +10,8 @@ always belong to text that is out.
 
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from rempart_platform.generation import TextLogprob
 from rempart_platform.text.detokenizer import IncrementalDetokenizer
@@ -18,9 +19,8 @@ from rempart_platform.text.stop_strings import StopMatcher, StopStrings
 from rempart_platform.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class TextIncrement:
-    """New text with the tokens it completes.
+class TextIncrement(msgspec.Struct, frozen=True):
+    """New text with the tokens it completes. A struct, as `Delta` is.
 
     `ends[i]` is how much of the text the tokens up to i amount to by themselves, half characters left out: token i
     brings `text[ends[i - 1] : ends[i]]`. `is_stopped`: a stop string ended the output.
@@ -46,8 +46,7 @@ class TextIncrement:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
+class _Pending(msgspec.Struct, frozen=True):
     token_id: int
     logprob: TextLogprob | None
     num_chars: int
@@ -144,8 +143,8 @@ class TextAssembler:
         self.num_delivered_tokens += len(delivered)
         return TextIncrement(
             text,
-            tuple(token.token_id for token in delivered),
-            tuple(token.logprob for token in delivered if token.logprob is not None),
-            tuple(min(token.num_chars - start, len(text)) for token in delivered),  # a stop string is in no text
+            tuple([token.token_id for token in delivered]),
+            tuple([token.logprob for token in delivered if token.logprob is not None]),
+            tuple([min(token.num_chars - start, len(text)) for token in delivered]),  # a stop string is in no text
             self._is_stopped,
         )

@@ -10,16 +10,21 @@ class IncrementalDetokenizer:
 
     def __init__(self) -> None:
         self._decoder = _new_decoder(errors="replace")
+        self.has_partial = False
+        """Whether the first bytes of a character wait for the rest."""
 
     def push(self, data: bytes) -> str:
         """The characters that `data` completes."""
-        return self._decoder.decode(data)
-
-    @property
-    def has_partial(self) -> bool:
-        """Whether the first bytes of a character wait for the rest."""
-        return bool(self._decoder.getstate()[0])
+        if not self.has_partial:
+            try:
+                return data.decode()  # nearly all tokens are whole characters, and this is the quick way
+            except UnicodeDecodeError:
+                pass
+        text = self._decoder.decode(data)
+        self.has_partial = bool(self._decoder.getstate()[0])
+        return text
 
     def finish(self) -> str:
         """What the bytes still waiting stand for, now that no more come."""
+        self.has_partial = False
         return self._decoder.decode(b"", final=True)

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 
 @dataclass(slots=True)
 class _State:
@@ -52,8 +54,7 @@ class StopStrings:
         return self.root
 
 
-@dataclass(frozen=True, slots=True)
-class StopScan:
+class StopScan(msgspec.Struct, frozen=True):
     """`text` may be given out. After a match, `stop` is the string that ended the output."""
 
     text: str
@@ -70,6 +71,8 @@ class StopMatcher:
 
     def push(self, text: str) -> StopScan:
         """Takes more text. Nothing may be pushed after a match."""
+        if not self._stops.root.next:
+            return StopScan(text)
         buffer = self._held + text
         state = self._state
         for position in range(len(self._held), len(buffer)):
