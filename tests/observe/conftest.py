@@ -14,7 +14,7 @@ from tests.observe.prometheus import Prometheus, running_prometheus
 from rempart_platform.demo_model import DEMO_MODEL_NAME
 from rempart_platform.local_testing import PlatformUnderTest
 
-_LONG_PROMPT = "The archive keeps what was decided, by whom, and why. " * 40
+_LONG_PROMPT = "The archive keeps what was decided, by whom, and why. " * 16
 """Of several KV blocks, so that a second request finds some in the prefix cache."""
 
 
@@ -32,11 +32,13 @@ def platform(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture(scope="session")
 def prometheus(platform: PlatformUnderTest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """Watches the platform before, while and after it is used."""
+    folder, limited_key = tmp_path_factory.mktemp("prometheus"), _limited_key(platform)
     targets = {"router": urlsplit(platform.metrics).netloc, "engine": urlsplit(platform.engine_metrics_url()).netloc}
-    with running_prometheus(tmp_path_factory.mktemp("prometheus"), targets) as prometheus:
-        _use(platform)
+    with running_prometheus(folder, targets) as prometheus:
+        _use(platform, limited_key)
         assert not prometheus.without_data(['sum(rempart_router_requests_total{outcome="ok"}) > 1'], within_s=20)
-        _use(platform)  # growth is seen only of series that were there before
+        _use(platform, limited_key)  # growth is seen only of series that were there before
+        _run_a_batch(platform, folder / "batch.jsonl")
         yield prometheus
 
 
@@ -46,14 +48,25 @@ def exposed(platform: PlatformUnderTest, prometheus: Prometheus) -> list[Metric]
     return [*told(platform.metrics), *told(platform.engine_metrics_url())]
 
 
-def _use(platform: PlatformUnderTest) -> None:
-    """Answers to two tenants, one of whom soon has no quota left."""
-    if "limited" not in platform.cli("tenant", "list", "--json").stdout:
-        platform.cli("tenant", "create", "limited", "--requests-per-minute", "1")
-    key = json.loads(platform.cli("key", "issue", "limited", "--json").stdout)["key"]
-    statuses = [_ask(platform, each) for each in (platform.api_key, platform.api_key, key, key)]
-    assert statuses[:2] == [200, 200]
-    assert statuses[3] == 429
+def _limited_key(platform: PlatformUnderTest) -> str:
+    """Of a tenant that has one request a minute."""
+    platform.cli("tenant", "create", "limited", "--requests-per-minute", "1")
+    return str(json.loads(platform.cli("key", "issue", "limited", "--json").stdout)["key"])
+
+
+def _use(platform: PlatformUnderTest, limited_key: str) -> None:
+    """Two tenants ask, one of whom soon has no quota left."""
+    assert [_ask(platform, platform.api_key) for _ in range(2)] == [200, 200]
+    assert [_ask(platform, limited_key) for _ in range(2)][-1] == 429
+
+
+def _run_a_batch(platform: PlatformUnderTest, file: Path) -> None:
+    """Of one line."""
+    body = {"model": DEMO_MODEL_NAME, "prompt": "Hello", "max_tokens": 1}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    file.write_text(json.dumps(line) + "\n")
+    ran = platform.cli("batch", "run", str(file), "--output", str(file.with_suffix(".out")))
+    assert ran.returncode == 0, ran.stderr
 
 
 def _ask(platform: PlatformUnderTest, key: str) -> int:
