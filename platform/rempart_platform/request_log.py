@@ -18,6 +18,8 @@ def log_request(trace: RequestTrace) -> None:
             "key_id": request.caller.key_id,
             "model": request.model,
             "user": request.user,
+            "client_request_id": request.client_request_id,
+            "service_tier": request.service_tier.name.lower(),
             "outcome": trace.outcome,
             "finish_reasons": trace.finish_reasons,
             "endpoints": trace.endpoints,

@@ -19,12 +19,15 @@ from rempart_platform.sampling_rules import check_sampling, require_in_vocabular
 from rempart_platform.text.tokenizer import run_sized
 from rempart_protos.v1 import inference_pb2, sampling_pb2
 
+_MAX_CLIENT_LABEL_CHARS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
     """What a front end knows of a request beside its message.
 
-    `seed` is drawn at random for requests that name none; `timeout_s` is how long the caller will wait, if it said so.
+    `seed` is drawn at random for requests that name none; `timeout_s` is how long the caller will wait, if it said so;
+    `client_request_id` is what the caller calls the request, as `client_label` leaves it.
     """
 
     request_id: str
@@ -32,6 +35,7 @@ class Arrival:
     created_s: int
     seed: int
     timeout_s: float | None = None
+    client_request_id: str = ""
 
     def session(self, options: inference_pb2.GenerationOptions) -> str:
         """What requests of one conversation have in common, where they say so: an alias gives them one model."""
@@ -42,6 +46,14 @@ class Arrival:
 def mint_request_id() -> str:
     """128 random bits: no client can guess or choose another's."""
     return secrets.token_hex(16)
+
+
+def client_label(said: str | None) -> str:
+    """What a client, or a proxy before it, calls its request: printable, cut to what a line of log has room for.
+
+    A label and nothing more: nobody finds, ends or charges a request by it.
+    """
+    return "".join(character for character in said or "" if character.isprintable())[:_MAX_CLIENT_LABEL_CHARS]
 
 
 def mint_seed() -> int:
@@ -152,6 +164,7 @@ def _admissible(
         raise _invalid(message, "min_tokens")
     return GenerationRequest(
         request_id=arrival.request_id,
+        client_request_id=arrival.client_request_id,
         caller=arrival.caller,
         model=model.name,
         prompt_token_ids=tuple(prompt),

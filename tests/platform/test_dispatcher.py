@@ -412,11 +412,12 @@ def test_tenants_of_a_cache_group_have_its_salt_and_no_other_has() -> None:
 async def test_the_log_line_has_counts_and_no_text(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "rempart_platform.request_log")
     async with rig(FakeEngine(token=writer("canary"))) as r:
-        await r.run(request(stop=("stopcanary",), user="label"))
+        await r.run(request(stop=("stopcanary",), user="label", client_request_id="theirs"))
         (record,) = caplog.records
         fields = record.__dict__
         assert fields["request_id"] == "r"
         assert fields["tenant"] == "acme"
+        assert (fields["client_request_id"], fields["service_tier"]) == ("theirs", "default")
         assert fields["outcome"] == "ok"
         assert fields["completion_tokens"] == 7
         assert fields["endpoints"] == [r.engines[0].address]

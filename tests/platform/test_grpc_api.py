@@ -73,7 +73,7 @@ def unpack(status: status_pb2.Status) -> dict[str, object]:
 async def test_a_chat_is_admitted_streamed_finished_and_charged() -> None:
     dispatcher = FakeDispatcher(texts=["hé"])
     async with stub_of(dispatcher) as stub:
-        call = stub.Chat(CHAT, metadata=AUTH, timeout=30)
+        call = stub.Chat(CHAT, metadata=(*AUTH, ("x-request-id", "mine " + "x" * 100)), timeout=30)
         events = [event async for event in call]
         initial = dict(await call.initial_metadata())
         trailing = dict(await call.trailing_metadata())
@@ -81,6 +81,7 @@ async def test_a_chat_is_admitted_streamed_finished_and_charged() -> None:
     assert [event.WhichOneof("event") for event in events] == ["admitted", "delta", "delta", "finished", "usage"]
     request = dispatcher.requests[0]
     assert events[0].admitted.request_id == request.request_id == initial["x-request-id"]
+    assert initial["x-client-request-id"] == request.client_request_id == "mine " + "x" * 59
     assert events[0].admitted.model == MODEL
     assert events[0].admitted.service_tier == inference_pb2.SERVICE_TIER_DEFAULT
     assert [event.delta.text for event in events[1:3]] == ["h", "é"]

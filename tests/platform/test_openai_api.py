@@ -95,6 +95,30 @@ async def test_a_tier_that_there_is_not_is_refused() -> None:
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "service_tier")
 
 
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        ({"x-request-id": "mine-1"}, "mine-1"),
+        ({"x-client-request-id": "of OpenAI's", "x-request-id": "of a proxy"}, "of OpenAI's"),
+        ({"x-request-id": "x" * 100}, "x" * 64),
+        ({"x-request-id": "a\tb\xa0c"}, "abc"),
+        ({}, None),
+    ],
+)
+async def test_a_clients_id_of_a_request_is_a_label_and_ours_stays_the_id(
+    sent: dict[str, str], kept: str | None
+) -> None:
+    dispatcher = FakeDispatcher(texts=["Paris"])
+    async with plain_client_of(dispatcher) as client:
+        body = {"model": MODEL, "messages": HI}
+        headers = {name: value.encode("latin-1") for name, value in sent.items()}
+        answer = await client.post("/v1/chat/completions", json=body, headers=headers)  # type: ignore[arg-type] # bytes
+    (request,) = dispatcher.requests
+    assert answer.headers.get("x-client-request-id") == kept
+    assert request.client_request_id == (kept or "")
+    assert answer.headers["x-request-id"] == request.request_id not in sent.values()
+
+
 async def test_a_chat_streams_role_text_end_and_usage() -> None:
     async with client_of(FakeDispatcher(texts=["né"], reason=FinishReason.LENGTH)) as client:
         stream = await client.chat.completions.create(

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from rempart_platform import validation
 from rempart_platform.apis.echo import echo_deltas
-from rempart_platform.apis.grpc_call import Context, answer, write
+from rempart_platform.apis.grpc_call import Context, answer, metadata_of, write
 from rempart_platform.apis.grpc_limits import GrpcLimits
 from rempart_platform.apis.grpc_render import admitted, render
 from rempart_platform.apis.services import ApiServices
@@ -78,11 +78,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             created_s=int(self._services.clock()),
             seed=validation.mint_seed(),
             timeout_s=deadline,
+            client_request_id=validation.client_label(metadata_of(context, "x-request-id")),
         )
 
     async def _generate(self, request: GenerationRequest, preface: tuple[Delta, ...], context: Context) -> None:
         async with self._services.dispatcher.admit(request) as generation:
-            headers = (("x-request-id", request.request_id), *generation.headers.items())
+            ids = [("x-request-id", request.request_id)]
+            if request.client_request_id:
+                ids.append(("x-client-request-id", request.client_request_id))
+            headers = (*ids, *generation.headers.items())
             context.set_trailing_metadata(headers)
             await context.send_initial_metadata(headers)
             await self._write(context, admitted(request))

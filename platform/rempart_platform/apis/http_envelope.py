@@ -10,11 +10,14 @@ from rempart_platform.apis.http_limits import HttpLimits
 from rempart_platform.apis.openai_errors import error_response
 from rempart_platform.apis.services import Authenticator, bearer_token
 from rempart_platform.errors import RempartError
-from rempart_platform.validation import mint_request_id
+from rempart_platform.validation import client_label, mint_request_id
 
 
 class Envelope:
-    """Gives each request an id of ours in `scope["state"]` and says it in the response, with the time it took."""
+    """Gives each request an id of ours in `scope["state"]` and says it in the response, with the time it took.
+
+    What the client calls it, by `x-request-id` or OpenAI's `x-client-request-id`, is kept and said beside it.
+    """
 
     def __init__(self, app: ASGIApp, limits: HttpLimits) -> None:
         self._app = app
@@ -24,15 +27,19 @@ class Envelope:
         if scope["type"] != "http":
             return
         request_id = mint_request_id()
-        scope.setdefault("state", {})["request_id"] = request_id
+        asked = Headers(scope=scope)
+        client_request_id = client_label(asked.get("x-client-request-id") or asked.get("x-request-id"))
+        scope.setdefault("state", {}).update(request_id=request_id, client_request_id=client_request_id)
         clock = asyncio.get_running_loop().time
         started = clock()
-        body = _Body(Headers(scope=scope), receive)
+        body = _Body(asked, receive)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
+                if client_request_id:
+                    headers["x-client-request-id"] = client_request_id
                 headers["openai-processing-ms"] = str(round((clock() - started) * 1000))
                 if not await body.discard(self._limits):
                     headers["connection"] = "close"

@@ -74,6 +74,7 @@ class GenerationEndpoint:
             caller=scope["state"]["caller"],
             created_s=int(self._services.clock()),
             seed=validation.mint_seed(),
+            client_request_id=scope["state"]["client_request_id"],
         )
         prepared = await self._prepare(body, self._services, arrival)
         if prepared.is_stream:
