@@ -154,6 +154,15 @@ async def test_a_chain_goes_on_while_redis_is_away(tmp_path: Path) -> None:
     assert (await verify(SegmentStore(open_object_store(url)))).problems == []
 
 
+async def test_a_router_that_stops_gives_up_a_store_that_is_away(
+    tmp_path: Path, redis: RedisClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "chains").write_text("no folder")
+    async with audit_log(f"file://{tmp_path}", redis, changes={"close_timeout_s": 0.1}) as log:
+        log.request_ended(trace("acme"))
+    assert "records of the audit log are lost" in caplog.messages
+
+
 def run(*args: str) -> tuple[int, dict[str, Any], str]:
     result = CliRunner().invoke(app, ["audit", *args, "--json"], env={"REMPART_REDIS_URL": ""})
     return result.exit_code, json.loads(result.stdout or "{}"), result.stderr

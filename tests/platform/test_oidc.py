@@ -92,12 +92,13 @@ class Tenants:
 class Rig:
     config: OidcConfig
     clock: Clock = field(default_factory=Clock)
+    wall_clock: Clock = field(default_factory=lambda: Clock(time.time()))
     tenants: Tenants = field(default_factory=Tenants)
 
     def __post_init__(self) -> None:
         self.ring = KeyRing(self.config, lambda: fetch_keys(self.config), self.clock)
-        self.verifier = TokenVerifier(self.config, self.ring)
-        memory = TenantMemory(self.tenants, self.config.tenant_memory_s, self.clock)  # type: ignore[arg-type]
+        self.verifier = TokenVerifier(self.config, self.ring, clock=self.clock, wall_clock=self.wall_clock)
+        memory = TenantMemory(self.tenants, self.config.memory_s, self.clock)  # type: ignore[arg-type]
         self.authenticator = TokenAuthenticator(self.config, self.verifier, memory)
 
     async def refusal(self, token: str) -> RempartError:
@@ -236,6 +237,27 @@ async def test_that_a_tenant_exists_is_remembered_for_a_moment(issuer: Issuer, r
     rig.clock.now_s += 5.0
     await rig.authenticator.authenticate(issuer.token("rsa"))
     assert rig.tenants.asked == ["acme", "nobody", "acme"]
+
+
+async def test_a_valid_token_is_remembered_for_a_moment_and_not_beyond_its_end(issuer: Issuer) -> None:
+    asked: list[str] = []
+
+    class Keys:
+        async def find(self, kid: str) -> jwt.PyJWK:
+            asked.append(kid)
+            return jwt.PyJWK(to_jwk(RSA))
+
+    clock, wall_clock = Clock(), Clock(time.time())
+    verifier = TokenVerifier(config_of(issuer), Keys(), clock=clock, wall_clock=wall_clock)
+    token = issuer.token("rsa")
+    assert [(await verifier.claims(token))["sub"] for _ in range(3)] == ["ada"] * 3
+    assert len(asked) == 1
+    clock.now_s += 5.0
+    await verifier.claims(token)
+    assert len(asked) == 2
+    wall_clock.now_s += 631.0
+    await verifier.claims(token)
+    assert len(asked) == 3
 
 
 async def test_keys_that_the_issuer_changes_are_noticed(issuer: Issuer, rig: Rig) -> None:

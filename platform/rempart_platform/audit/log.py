@@ -36,6 +36,7 @@ from rempart_platform.tenancy.redis_client import RedisClient
 
 _logger = logging.getLogger(__name__)
 _MAX_HOST_CHARS = 40
+_MAX_WHO_CHARS = 255
 
 
 class AuditLog:
@@ -77,7 +78,8 @@ class AuditLog:
             RempartError: UNAVAILABLE: a record cannot be sealed. When it is the first, nothing has been done.
         """
         act_id = secrets.token_hex(8)
-        asked: dict[str, object] = {**fields, "act_id": act_id, "who": cut(who), "request": message_fields(request)}
+        who = cut(who, _MAX_WHO_CHARS)
+        asked: dict[str, object] = {**fields, "act_id": act_id, "who": who, "request": message_fields(request)}
         outcome = "not_begun"
         try:
             await self._begin(asked)
@@ -92,7 +94,7 @@ class AuditLog:
             outcome = "internal"
             raise
         finally:
-            ended = fields | {"act_id": act_id, "who": cut(who), "outcome": outcome}
+            ended = fields | {"act_id": act_id, "who": who, "outcome": outcome}
             if outcome in ("cancelled", "not_begun"):  # nobody waits for an answer, or there is one already
                 self._buffer.add(Kind.OUTCOME, ended)
             else:

@@ -39,9 +39,9 @@ def message_fields(message: Message) -> object:
     return _shown(MessageToDict(message, preserving_proto_field_name=True))
 
 
-def cut(text: str) -> str:
+def cut(text: str, max_chars: int = MAX_TEXT_CHARS) -> str:
     """A record is no place for a megabyte."""
-    return text[:MAX_TEXT_CHARS]
+    return text[:max_chars]
 
 
 def _since(end_s: float | None, start_s: float) -> float | None:

@@ -18,7 +18,7 @@ class AuditConfig:
     """Where: file:///FOLDER or s3://BUCKET/PREFIX, see `object_store.py`. "" keeps no audit log."""
     seal_s: float = 1.0
     """For how long a record may wait until it is sealed."""
-    max_segment_records: int = 10_000
+    max_segment_records: int = 2_000
     """A segment is sealed as soon as it has so many."""
     max_buffered: int = 100_000
     """Records that wait while the store does not take them; what happens then says `when_full`."""

@@ -147,5 +147,5 @@ async def open_gates(config: OidcConfig, keys: Gates, tenants: TenantRegistry) -
         return
     async with open_key_ring(config) as ring:
         verifier = TokenVerifier(config, ring)
-        tokens = TokenAuthenticator(config, verifier, TenantMemory(tenants, config.tenant_memory_s))
+        tokens = TokenAuthenticator(config, verifier, TenantMemory(tenants, config.memory_s))
         yield Gates(EitherAuthenticator(keys.tenants, tokens), EitherAdminAuthenticator(keys.admins, verifier, config))

@@ -1,6 +1,10 @@
 """A bearer token → its claims, or the one answer to whatever is not valid."""
 
-from collections.abc import Mapping
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jwt
@@ -8,6 +12,7 @@ import jwt
 from rempart_platform.oidc.values import OidcConfig
 from rempart_platform.tenancy.api_keys import invalid_key
 
+_MAX_REMEMBERED = 10_000
 _REQUIRED = ["exp", "iss", "aud", "sub"]
 # PyJWT's own, and what Python's JSON and numbers may raise for a document that was made to hurt.
 _NOT_VALID = (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError)
@@ -21,12 +26,35 @@ class Keys(Protocol):
         ...
 
 
-class TokenVerifier:
-    """Checks signature, algorithm, issuer, audience and times."""
+@dataclass(frozen=True, slots=True)
+class _Valid:
+    claims: Mapping[str, Any]
+    ends_at: float
 
-    def __init__(self, config: OidcConfig, keys: Keys) -> None:
+
+class TokenVerifier:
+    """Checks signature, algorithm, issuer, audience and times.
+
+    Args:
+        config: what a token must say.
+        keys: the issuer's.
+        clock: monotonic seconds.
+        wall_clock: seconds since the epoch, for tokens that expire.
+    """
+
+    def __init__(
+        self,
+        config: OidcConfig,
+        keys: Keys,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
         self._config = config
         self._keys = keys
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._valid: OrderedDict[bytes, _Valid] = OrderedDict()
 
     async def claims(self, token: str) -> Mapping[str, Any]:
         """What the issuer says of the token's holder.
@@ -36,6 +64,22 @@ class TokenVerifier:
         """
         if len(token) > self._config.max_token_bytes:
             raise invalid_key()
+        digest = hashlib.sha256(token.encode()).digest()
+        known = self._valid.get(digest)
+        if known is not None and self._clock() < known.ends_at and not self._is_over(known.claims):
+            return known.claims
+        asked_at = self._clock()
+        claims = await self._verify(token)
+        self._valid[digest] = _Valid(claims, asked_at + self._config.memory_s)
+        self._valid.move_to_end(digest)
+        if len(self._valid) > _MAX_REMEMBERED:
+            self._valid.popitem(last=False)
+        return claims
+
+    def _is_over(self, claims: Mapping[str, Any]) -> bool:
+        return self._wall_clock() >= int(claims["exp"]) + self._config.leeway_s
+
+    async def _verify(self, token: str) -> Mapping[str, Any]:
         algorithm, kid = self._header(token)
         key = await self._keys.find(kid)
         # The key decides how it is used: a token that says otherwise is a forgery.

@@ -38,8 +38,8 @@ class OidcConfig:
     max_document_bytes: int = 256 * 1024
     max_keys: int = 64
     max_token_bytes: int = 8192
-    tenant_memory_s: float = 5.0
-    """How long it is remembered that a tenant exists."""
+    memory_s: float = 5.0
+    """How long it is remembered that a token is valid, never beyond its end, and that a tenant exists."""
 
     def __post_init__(self) -> None:
         if not self.issuer:
