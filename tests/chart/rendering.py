@@ -91,6 +91,8 @@ def pods(manifests: Sequence[Manifest]) -> Iterator[tuple[str, Manifest]]:
                 yield f"{name} worker", template["workerTemplate"]
             case "Pod":
                 yield name, manifest
+            case _:
+                continue
 
 
 def servers(manifests: Sequence[Manifest]) -> Iterator[tuple[str, Manifest]]:

@@ -1,4 +1,4 @@
-{{/* The pod of an engine: rempart.enginePod (dict "root" $ "engine" $engine "revisions" true) */}}
+{{/* The pod of an engine, `leads` when routers talk to it: rempart.enginePod (dict "root" $ "engine" $engine "leads" true "revisions" true) */}}
 {{- define "rempart.enginePod" -}}
 {{- $root := .root -}}
 {{- $engine := .engine -}}
@@ -8,6 +8,9 @@ metadata:
   labels:
     {{- include "rempart.selector" (dict "root" $root "component" "engine" "engine" $engine.name) | nindent 4 }}
     rempart/role: {{ $engine.role }}
+    {{- if .leads }}
+    rempart/leader: "true"
+    {{- end }}
   annotations:
     rempart/model: {{ $engine.model.name | quote }}
     rempart/parallel: {{ $engine.parallel | toJson | quote }}

@@ -1,23 +1,16 @@
 {{/* The router's command line: what follows from other values, then its own flags. */}}
 {{- define "rempart.routerArgs" -}}
-{{- $root := . -}}
-{{- $services := list -}}
-{{- range $name, $engine := include "rempart.engines" . | fromJson -}}
-{{- $service := include "rempart.engineName" (dict "root" $root "engine" $engine) -}}
-{{- if eq $root.Values.router.discovery "kubernetes" -}}
-{{- $services = append $services (printf "%s/%s:grpc" $root.Release.Namespace $service) -}}
-{{- else -}}
-{{- $services = append $services (printf "%s.%s.svc:50051" $service $root.Release.Namespace) -}}
-{{- end -}}
-{{- end -}}
 - {{ printf "--host=%v" .Values.listenAddress | quote }}
 - --http-port=8000
 - --grpc-port=8001
 - --metrics-port=8002
 - {{ printf "--drain-timeout-s=%v" (int64 .Values.router.drain.timeoutS) | quote }}
 - {{ printf "--hold-without-engine-s=%v" (int64 .Values.router.holdWithoutEngineS) | quote }}
-- --engines-{{ .Values.router.discovery }}={{ join "," $services }}
-{{- if eq .Values.router.discovery "kubernetes" }}
+{{- $service := printf "%s-engines" (include "rempart.fullname" .) }}
+{{- if eq .Values.router.discovery "dns" }}
+- {{ printf "--engines-dns=%v.%v.svc:50051" $service .Release.Namespace | quote }}
+{{- else }}
+- {{ printf "--engines-kubernetes=%v/%v:grpc" .Release.Namespace $service | quote }}
 - {{ printf "--leader-lease=%v/%v-router" .Release.Namespace (include "rempart.fullname" .) | quote }}
 {{- end }}
 {{- range $model, $engine := include "rempart.models" . | fromJson }}
