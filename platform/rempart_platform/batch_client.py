@@ -1,84 +1,97 @@
 """`rempart.v1.Batches` as a client sees it."""
 
-import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import BinaryIO
 
-import grpc.aio
+import grpc
 
 from rempart_protos.v1 import batch_pb2, batch_pb2_grpc
-
-if TYPE_CHECKING:  # exists in the stubs alone
-    from rempart_protos.v1.batch_pb2_grpc import BatchesAsyncStub
 
 _TIMEOUT_S = 10.0
 _CHUNK_BYTES = 256 * 1024
 
 
 class BatchClient:
-    """Every call raises grpc.RpcError; `rpc_failure.describe` makes one line of it."""
+    """Every call raises grpc.RpcError; `rpc_failure.describe` makes one line of it.
 
-    def __init__(self, stub: "BatchesAsyncStub", key: str) -> None:
+    Not asyncio: there, an upload that is refused midway ends with INTERNAL instead of with what the router said.
+    """
+
+    def __init__(self, stub: batch_pb2_grpc.BatchesStub, key: str) -> None:
         self._stub = stub
         self._metadata = (("authorization", f"Bearer {key}"),)
 
-    async def upload(self, path: Path, on_sent: Callable[[int], None]) -> batch_pb2.StoredFile:
+    def upload(self, path: Path, on_sent: Callable[[int], None]) -> batch_pb2.StoredFile:
         """Stores a local file. `on_sent` is told of every piece's bytes. Raises OSError when it cannot be read."""
         with path.open("rb") as source:
-            call = self._stub.UploadFile(metadata=self._metadata)
+            messages = _UploadMessages(path, source, on_sent)
             try:
-                # A name on disk may be any bytes; here it is a label.
-                name = os.fsencode(path.name).decode(errors="replace")
-                said = batch_pb2.FileMetadata(filename=name, purpose="batch")
-                await call.write(batch_pb2.UploadFileRequest(metadata=said))
-                while content := await asyncio.to_thread(source.read, _CHUNK_BYTES):
-                    await call.write(batch_pb2.UploadFileRequest(content=content))
-                    on_sent(len(content))
-                await call.write(batch_pb2.UploadFileRequest(end=batch_pb2.FileEnd()))
-                await call.done_writing()
-            except asyncio.InvalidStateError:
-                pass  # refused before its end; what follows says why
-            return await call
+                return self._stub.UploadFile(iter(messages), metadata=self._metadata)
+            except grpc.RpcError:
+                if messages.failure is not None:
+                    raise messages.failure from None
+                raise
 
-    async def download(self, file_id: str, path: Path) -> None:
+    def download(self, file_id: str, path: Path) -> None:
         """Writes a stored file to `path`, whole or not at all. Raises OSError when it cannot be written."""
         unfinished = path.with_name(f"{path.name}.part")
         try:
             with unfinished.open("wb") as target:
                 request = batch_pb2.DownloadFileRequest(file_id=file_id)
-                async for chunk in self._stub.DownloadFile(request, metadata=self._metadata):
-                    await asyncio.to_thread(target.write, chunk.content)
+                for chunk in self._stub.DownloadFile(request, metadata=self._metadata):
+                    target.write(chunk.content)
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
 
-    async def create(
-        self, input_file_id: str, endpoint: str, window: str, metadata: Mapping[str, str]
-    ) -> batch_pb2.Batch:
+    def create(self, input_file_id: str, endpoint: str, window: str, metadata: Mapping[str, str]) -> batch_pb2.Batch:
         request = batch_pb2.CreateBatchRequest(
             input_file_id=input_file_id, endpoint=endpoint, completion_window=window, metadata=metadata
         )
-        return await self._stub.CreateBatch(request, metadata=self._metadata, timeout=_TIMEOUT_S)
+        return self._stub.CreateBatch(request, metadata=self._metadata, timeout=_TIMEOUT_S)
 
-    async def get(self, batch_id: str) -> batch_pb2.Batch:
+    def get(self, batch_id: str) -> batch_pb2.Batch:
         request = batch_pb2.GetBatchRequest(batch_id=batch_id)
-        return await self._stub.GetBatch(request, metadata=self._metadata, timeout=_TIMEOUT_S)
+        return self._stub.GetBatch(request, metadata=self._metadata, timeout=_TIMEOUT_S)
 
-    async def list(self, limit: int) -> list[batch_pb2.Batch]:
+    def list(self, limit: int) -> list[batch_pb2.Batch]:
         """The newest ones."""
         request = batch_pb2.ListBatchesRequest(limit=limit)
-        return list((await self._stub.ListBatches(request, metadata=self._metadata, timeout=_TIMEOUT_S)).batches)
+        return list(self._stub.ListBatches(request, metadata=self._metadata, timeout=_TIMEOUT_S).batches)
 
-    async def cancel(self, batch_id: str) -> batch_pb2.Batch:
+    def cancel(self, batch_id: str) -> batch_pb2.Batch:
         request = batch_pb2.CancelBatchRequest(batch_id=batch_id)
-        return await self._stub.CancelBatch(request, metadata=self._metadata, timeout=_TIMEOUT_S)
+        return self._stub.CancelBatch(request, metadata=self._metadata, timeout=_TIMEOUT_S)
 
 
-@asynccontextmanager
-async def open_batches(address: str, key: str) -> AsyncIterator[BatchClient]:
+@contextmanager
+def open_batches(address: str, key: str) -> Iterator[BatchClient]:
     """A client of the router at `address`; nothing is sent before the first call."""
-    async with grpc.aio.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address) as channel:
         yield BatchClient(batch_pb2_grpc.BatchesStub(channel), key)
+
+
+class _UploadMessages:
+    """A file as messages. A read that fails ends them early, so that nothing is stored, and is kept as `failure`."""
+
+    def __init__(self, path: Path, source: BinaryIO, on_sent: Callable[[int], None]) -> None:
+        self.failure: OSError | None = None
+        self._path = path
+        self._source = source
+        self._on_sent = on_sent
+
+    def __iter__(self) -> Iterator[batch_pb2.UploadFileRequest]:
+        # A name on disk may be any bytes; here it is a label.
+        name = os.fsencode(self._path.name).decode(errors="replace")
+        yield batch_pb2.UploadFileRequest(metadata=batch_pb2.FileMetadata(filename=name, purpose="batch"))
+        try:
+            while content := self._source.read(_CHUNK_BYTES):
+                yield batch_pb2.UploadFileRequest(content=content)
+                self._on_sent(len(content))
+        except OSError as error:
+            self.failure = error
+            return
+        yield batch_pb2.UploadFileRequest(end=batch_pb2.FileEnd())

@@ -1,6 +1,6 @@
 """`rempart batch`: batch jobs of a tenant, over `rempart.v1.Batches`."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias, TypeVar
 
@@ -115,34 +115,29 @@ def download(
     results = ResultPaths.beside(Path(batch_id), output, errors)
     _refuse_to_replace(None if overwrite else results.taken())
 
-    async def fetch(client: "BatchClient") -> list[Path]:
-        batch = await client.get(batch_id)
+    def fetch(client: "BatchClient") -> list[Path]:
+        batch = client.get(batch_id)
         if batch.status not in FINAL_STATUSES:
             typer.echo(f"rempart: {batch_id} has not ended: it is {status_text(batch.status)}", err=True)
             raise typer.Exit(1)
-        return await download_results(client, batch, results)
+        return download_results(client, batch, results)
 
     for path in _call(address, key, fetch):
         typer.echo(str(path))
 
 
-def _call(address: str, key: str, act: "Callable[[BatchClient], Awaitable[_T]]") -> _T:
+def _call(address: str, key: str, act: "Callable[[BatchClient], _T]") -> _T:
     """The answer; a refusal, or a file that cannot be read, becomes one line on stderr and exit code 1."""
-    import asyncio
-
-    import grpc.aio
+    import grpc
 
     from rempart_platform.batch_client import open_batches
-    from rempart_platform.rpc_failure import describe
-
-    async def run() -> _T:
-        async with open_batches(address, key.strip()) as client:
-            return await act(client)
+    from rempart_platform.rpc_failure import describe, failed_call
 
     try:
-        return asyncio.run(run())
-    except grpc.aio.AioRpcError as error:
-        typer.echo(f"rempart: {describe(error, address)}", err=True)
+        with open_batches(address, key.strip()) as client:
+            return act(client)
+    except grpc.RpcError as error:
+        typer.echo(f"rempart: {describe(failed_call(error), address)}", err=True)
     except OSError as error:
         typer.echo(f"rempart: {error}", err=True)
     raise typer.Exit(1)

@@ -1,17 +1,18 @@
 """`rempart batch run`: one file through a batch job, from upload to results, with its progress on a terminal."""
 
-import asyncio
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import grpc.aio
+import grpc
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from rempart_platform.batch_client import BatchClient
+from rempart_platform.rpc_failure import failed_call
 from rempart_protos.v1 import batch_pb2
 
 DEFAULT_ENDPOINT: Final = "/v1/chat/completions"
@@ -61,7 +62,7 @@ class BatchRun:
     poll_s: float
 
 
-async def run_batch(
+def run_batch(
     client: BatchClient, run: BatchRun, console: Console, on_created: Callable[[str], None]
 ) -> batch_pb2.Batch:
     """The batch when it has ended and its results are written. `on_created` is told its id.
@@ -74,20 +75,20 @@ async def run_batch(
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         uploading = progress.add_task("upload", total=run.input.stat().st_size or None)
         endpoint = run.endpoint or _endpoint_of(run.input)
-        file = await client.upload(run.input, lambda num_bytes: progress.advance(uploading, num_bytes))
-        batch = await client.create(file.file_id, endpoint, run.window, run.metadata)
+        file = client.upload(run.input, lambda num_bytes: progress.advance(uploading, num_bytes))
+        batch = client.create(file.file_id, endpoint, run.window, run.metadata)
         on_created(batch.batch_id)
-        batch = await _wait(client, batch, run.poll_s, _ShownBatch(progress))
-        await download_results(client, batch, run.results)
+        batch = _wait(client, batch, run.poll_s, _ShownBatch(progress))
+        download_results(client, batch, run.results)
     return batch
 
 
-async def download_results(client: BatchClient, batch: batch_pb2.Batch, results: ResultPaths) -> list[Path]:
+def download_results(client: BatchClient, batch: batch_pb2.Batch, results: ResultPaths) -> list[Path]:
     """Writes what the batch has; the files that were written."""
     found = [(batch.output_file_id, results.output), (batch.error_file_id, results.errors)]
     written = [(file_id, path) for file_id, path in found if file_id]
     for file_id, path in written:
-        await client.download(file_id, path)
+        client.download(file_id, path)
     return [path for _, path in written]
 
 
@@ -110,18 +111,17 @@ class _ShownBatch:
         self._progress.update(self._task, description=description, total=counts.total or None, completed=done)
 
 
-async def _wait(client: BatchClient, batch: batch_pb2.Batch, poll_s: float, shown: _ShownBatch) -> batch_pb2.Batch:
-    clock = asyncio.get_running_loop().time
-    seen = clock()
+def _wait(client: BatchClient, batch: batch_pb2.Batch, poll_s: float, shown: _ShownBatch) -> batch_pb2.Batch:
+    seen = time.monotonic()
     while batch.status not in FINAL_STATUSES:
         shown.show(batch)
-        await asyncio.sleep(poll_s)
+        time.sleep(poll_s)
         try:
-            batch = await client.get(batch.batch_id)
-            seen = clock()
-        except grpc.aio.AioRpcError as error:
-            is_away = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-            if not is_away or clock() - seen > _PATIENCE_S:
+            batch = client.get(batch.batch_id)
+            seen = time.monotonic()
+        except grpc.RpcError as error:
+            is_away = failed_call(error).code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+            if not is_away or time.monotonic() - seen > _PATIENCE_S:
                 raise
     shown.show(batch)
     return batch

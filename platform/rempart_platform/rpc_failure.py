@@ -13,6 +13,12 @@ class RpcFailure(Protocol):
     def details(self) -> str | None: ...
 
 
+def failed_call(error: grpc.RpcError) -> grpc.Call:
+    """What a call raises is the call."""
+    assert isinstance(error, grpc.Call)
+    return error
+
+
 def describe(error: RpcFailure, address: str) -> str:
     """What went wrong; for a caller's own mistakes, what the router says of them."""
     details = " ".join((error.details() or "").split())

@@ -137,10 +137,17 @@ async def test_batches_are_shown_cancelled_and_fetched(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes() == b"answers\n"
 
 
-async def test_a_refusal_is_one_line(requests: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    path = tmp_path / "large.jsonl"
+    path.write_text("".join(LINES) * 20_000)
+    return path
+
+
+async def test_a_refusal_is_one_line(requests: Path, large: Path, tmp_path: Path) -> None:
     async with shell(BatchLimits(max_file_bytes=20)) as sh:
         refused = {
-            "INVALID_ARGUMENT": await sh.run("run", str(requests)),
+            "INVALID_ARGUMENT": await sh.run("run", str(large)),
             "NOT_FOUND": await sh.run("show", "batch_gone"),
             "refuses the key": await sh.run("list", "--key", "wrong"),
             "No such file": await sh.run("run", str(tmp_path / "none.jsonl")),

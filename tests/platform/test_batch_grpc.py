@@ -147,6 +147,15 @@ async def test_a_hostile_upload_is_refused_and_nothing_is_kept(
     assert files.stored == {}
 
 
+async def test_a_client_that_is_still_sending_sees_why_it_is_refused() -> None:
+    files = FakeFiles()
+    parts = [about(purpose="fine-tune"), *[content(b"x" * 100_000)] * 100, END]
+    async with stub_of(files) as stub:
+        for auth, code in ((AUTH, INVALID), ((), grpc.StatusCode.UNAUTHENTICATED)):
+            assert (await failure_of(stub.UploadFile(iter(parts), metadata=auth))).code() is code
+    assert files.stored == {}
+
+
 async def test_a_file_is_passed_on_before_it_has_come_whole() -> None:
     files = FakeFiles()
     async with stub_of(files) as stub, asyncio.timeout(5):

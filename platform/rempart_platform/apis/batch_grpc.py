@@ -9,10 +9,9 @@ from rempart_platform.apis import batch_rules
 from rempart_platform.apis.batch_messages import batch_message, file_message
 from rempart_platform.apis.grpc_call import Context, answer, write
 from rempart_platform.apis.grpc_limits import GrpcLimits
-from rempart_platform.apis.pace import PacedClient
+from rempart_platform.apis.grpc_upload import Upload
 from rempart_platform.apis.pieces import small_pieces
 from rempart_platform.apis.services import ApiServices
-from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Caller
 from rempart_protos.v1 import batch_pb2, batch_pb2_grpc
 
@@ -29,27 +28,23 @@ class BatchesServicer(batch_pb2_grpc.BatchesServicer):
     async def UploadFile(
         self, request_iterator: AsyncIterator[batch_pb2.UploadFileRequest], context: Context
     ) -> batch_pb2.StoredFile:
+        http = self._services.http
+        upload = Upload(request_iterator, http.upload_pace)
+
         async def serve(caller: Caller) -> batch_pb2.StoredFile:
             files = batch_rules.files_of(self._services)
-            parts = self._parts(request_iterator)
-            first = await anext(parts, batch_pb2.UploadFileRequest())
-            if not first.HasField("metadata"):
-                raise _invalid("The first message must have the metadata.", "metadata")
-            said = first.metadata
+            said = await upload.metadata()
+            has_lifetime = said.HasField("lifetime_s")
             file = await files.create(
                 caller.tenant,
                 batch_rules.check_filename(said.filename, param="filename"),
                 batch_rules.check_purpose(said.purpose),
-                self._content(parts),
-                lifetime_s=(
-                    batch_rules.check_lifetime_s(said.lifetime_s, param="lifetime_s")
-                    if said.HasField("lifetime_s")
-                    else None
-                ),
+                self._limited(upload.content()),
+                lifetime_s=batch_rules.check_lifetime_s(said.lifetime_s, param="lifetime_s") if has_lifetime else None,
             )
             return file_message(file)
 
-        return await self._answer(context, serve)
+        return await self._answer(context, serve, lambda: upload.discard(http.discard_timeout_s))
 
     async def GetFile(self, request: batch_pb2.GetFileRequest, context: Context) -> batch_pb2.StoredFile:
         async def serve(caller: Caller) -> batch_pb2.StoredFile:
@@ -139,30 +134,17 @@ class BatchesServicer(batch_pb2_grpc.BatchesServicer):
 
         return await self._answer(context, serve)
 
-    async def _parts(
-        self, messages: AsyncIterator[batch_pb2.UploadFileRequest]
-    ) -> AsyncIterator[batch_pb2.UploadFileRequest]:
-        """An upload's messages, at the pace that uploads over HTTP must keep."""
-        client = PacedClient(self._services.http.upload_pace)
-        while (message := await client.wait_for(anext(messages, None))) is not None:
-            client.count(len(message.content))
-            yield message
-
-    async def _content(self, parts: AsyncIterator[batch_pb2.UploadFileRequest]) -> AsyncIterator[bytes]:
+    async def _limited(self, content: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         num_bytes = 0
-        async for part in parts:
-            if part.HasField("end"):
-                return
-            if part.HasField("metadata"):
-                raise _invalid("Only the first message may have the metadata.", "metadata")
-            num_bytes += len(part.content)
+        async for piece in content:
+            num_bytes += len(piece)
             batch_rules.check_file_size(num_bytes, self._services.batch_limits)
-            yield part.content
-        raise _invalid("The upload broke off: no message said that the content is whole.", "end")
+            yield piece
 
-    async def _answer(self, context: Context, serve: Callable[[Caller], Awaitable[_T]]) -> _T:
-        return await answer(self._services.authenticator, context, serve)
-
-
-def _invalid(message: str, param: str) -> RempartError:
-    return RempartError(ErrorKind.INVALID_REQUEST, message, param=param)
+    async def _answer(
+        self,
+        context: Context,
+        serve: Callable[[Caller], Awaitable[_T]],
+        before_refusal: Callable[[], Awaitable[None]] | None = None,
+    ) -> _T:
+        return await answer(self._services.authenticator, context, serve, before_refusal)

@@ -21,7 +21,12 @@ Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 _T = TypeVar("_T")
 
 
-async def answer(authenticator: Authenticator, context: Context, serve: Callable[[Caller], Awaitable[_T]]) -> _T:
+async def answer(
+    authenticator: Authenticator,
+    context: Context,
+    serve: Callable[[Caller], Awaitable[_T]],
+    before_refusal: Callable[[], Awaitable[None]] | None = None,
+) -> _T:
     """Authenticates, serves, and turns whatever goes wrong into the call's status."""
     try:
         caller = await authenticator.authenticate(bearer_token(metadata_of(context, "authorization")))
@@ -31,6 +36,8 @@ async def answer(authenticator: Authenticator, context: Context, serve: Callable
     except Exception:
         _logger.exception("a call failed unexpectedly")
         failure = RempartError(ErrorKind.INTERNAL, "The server had an error while processing the request.")
+    if before_refusal is not None:
+        await before_refusal()
     return await context.abort_with_status(error_status(failure))
 
 
