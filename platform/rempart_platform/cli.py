@@ -88,6 +88,10 @@ def up(  # noqa: PLR0913 - a flag is a parameter
         Path | None,
         typer.Option(help="And the manifest is signed by the owner of this ed25519 public key.", show_default=False),
     ] = None,
+    tenants_file: Annotated[
+        Path | None,
+        typer.Option(help="Plans, tenants, their keys and prices to begin with, TOML or JSON.", show_default=False),
+    ] = None,
     engine_module: Annotated[str, typer.Option(hidden=True)] = "rempart_engine",
 ) -> None:
     """Start everything on this machine: Redis, engines, a router, a demo tenant."""
@@ -120,6 +124,7 @@ def up(  # noqa: PLR0913 - a flag is a parameter
             engine_args=engine_args,
             require_manifest=require_manifest,
             manifest_key=manifest_key,
+            tenants_file=tenants_file,
             log_level=log_level,
             engine_module=engine_module,
         )

@@ -147,7 +147,8 @@ class LocalPlatform:
         command = router_command(config, addresses, redis.url, batch_folder, own_secrets, self._environ)
         at = await (await router.start(command)).wait_until_ready()
         async with open_admin(at.grpc, own_secrets.admin_key) as admin:
-            await admin.create_tenant(DEMO_TENANT)
+            if DEMO_TENANT not in [tenant.name for tenant in await admin.list_tenants()]:  # else of the tenants' file
+                await admin.create_tenant(DEMO_TENANT)
             issued = await admin.issue_key(DEMO_TENANT)
         announce(
             RunningPlatform(

@@ -59,6 +59,8 @@ class LocalConfig:
     """Nothing of the model is parsed by any process unless it is as this manifest says."""
     manifest_key: Path | None = None
     """Whose owner must have signed the manifest."""
+    tenants_file: Path | None = None
+    """Plans, tenants and prices to begin with."""
     log_level: str = "warning"
     engine_module: str = "rempart_engine"
 
@@ -69,6 +71,8 @@ class LocalConfig:
             raise LocalConfigError("--manifest-key goes with --require-manifest")
         if not self.model_name or "=" in self.model_name:
             raise LocalConfigError(f"--served-model-name {self.model_name!r} must not be empty or hold '='")
+        if self.tenants_file is not None and not self.tenants_file.is_file():
+            raise LocalConfigError(f"--tenants-file: there is no {self.tenants_file}")
         if self.num_engines < 1:
             raise LocalConfigError("--engines must be at least 1")
         named = [port for port in self.ports.values() if port]
@@ -165,6 +169,7 @@ def router_command(
         "--redis-timeout-s": _REDIS_TIMEOUT_S,
         "--batch-store": batch_folder.absolute().as_uri(),
         "--log-level": config.log_level,
+        **_given({"--tenants-file": config.tenants_file}),
     }
     own_environ = {
         "REMPART_ADMIN_KEY": own_secrets.admin_key,

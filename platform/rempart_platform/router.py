@@ -44,7 +44,7 @@ from rempart_platform.tenancy.prices import PriceRegistry
 from rempart_platform.tenancy.queue_values import QueueConfig
 from rempart_platform.tenancy.quota import open_ledger
 from rempart_platform.tenancy.redis_client import RedisClient, RedisConfig, connect_redis
-from rempart_platform.tenancy.seed import Seed, apply_seed, read_seed
+from rempart_platform.tenancy.seed import apply_seed, read_seed
 from rempart_platform.tenancy.standings import StandingAuthenticator, Standings
 from rempart_platform.tenancy.tenants import TenantRegistry
 from rempart_platform.tenancy.usage import UsageReader
@@ -71,8 +71,10 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
     metrics = RouterMetrics(registry, config.max_tenant_labels)
     async with AsyncExitStack() as stack:
         redis = await stack.enter_async_context(connect_redis(_redis_config(config, secrets)))
+        hasher = KeyHasher(secrets.key_pepper)
+        keys = ApiKeyStore(redis, hasher)
         if seed is not None:
-            await _sow(redis, seed, stop)
+            await _sow(apply_seed(redis, seed, keys), stop)
         audit = await stack.enter_async_context(open_audit_log(config.audit, redis, registry, config_digest(config)))
         ledger = await stack.enter_async_context(open_ledger(redis, config.quota, QuotaMetrics(metrics)))
         source = await stack.enter_async_context(open_source(config, DiscoveryMetrics(registry)))
@@ -81,8 +83,6 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
         state = RouterState(readiness.is_ready, lambda: redis.is_available)
         loop_lag = register_process_metrics(registry, config, state)
         queue = await stack.enter_async_context(_open_queue(redis, config.queue, metrics, pool))
-        hasher = KeyHasher(secrets.key_pepper)
-        keys = ApiKeyStore(redis, hasher)
         by_key = Gates(Authenticator(keys, hasher), AdminAuthenticator(secrets.admin_key))
         gates = await stack.enter_async_context(open_gates(config.oidc, by_key, TenantRegistry(redis)))
         standings = Standings(redis, time.monotonic)
@@ -128,10 +128,10 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
         http.should_exit = True  # both front ends drain at the same time: gRPC when the stack unwinds, now
 
 
-async def _sow(redis: RedisClient, seed: Seed, stop: asyncio.Event) -> None:
+async def _sow(seed: Coroutine[None, None, None], stop: asyncio.Event) -> None:
     """Waits until Redis has taken the seed, but not beyond a stop."""
     async with asyncio.TaskGroup() as tasks:
-        sowing, stopping = tasks.create_task(apply_seed(redis, seed)), tasks.create_task(stop.wait())
+        sowing, stopping = tasks.create_task(seed), tasks.create_task(stop.wait())
         await asyncio.wait({sowing, stopping}, return_when=asyncio.FIRST_COMPLETED)
         for task in (sowing, stopping):
             task.cancel()

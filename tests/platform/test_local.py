@@ -86,6 +86,31 @@ def test_it_serves_and_a_signal_ends_it_in_order(up: Up, own_tmp: Path, number: 
     assert "Draining" in platform.log_path.read_text()
 
 
+def test_it_begins_with_the_tenants_of_a_file_and_their_keys(up: Up, tmp_path: Path, own_tmp: Path) -> None:
+    key = f"rk_{1:016x}_{2:064x}"
+    (tmp_path / "secret").write_text(key)
+    file = tmp_path / "tenants.toml"
+    file.write_text(
+        f"""
+        [plans.gold]
+        max_tier = "priority"
+        [tenants.demo]
+        weight = 2
+        [tenants.acme]
+        plan = "gold"
+        [tenants.acme.keys.ci]
+        from_file = "{tmp_path}/secret"
+        """
+    )
+    with up("--tenants-file", str(file)) as platform:
+        platform.wait_until_ready()
+        body = {"model": "smol", "prompt": "hello", "max_tokens": 5, "service_tier": "priority"}
+        for each, used in ((key, "priority"), (platform.api_key, "default")):
+            headers = {"authorization": f"Bearer {each}"}
+            answer = httpx.post(f"{platform.http}/v1/completions", json=body, headers=headers).json()
+            assert (answer["choices"][0]["text"], answer["service_tier"]) == ("round", used)
+
+
 def test_a_signal_while_it_starts_ends_it_too(up: Up, tmp_path: Path, own_tmp: Path) -> None:
     started = tmp_path / "started"
     (tmp_path / "slow_engine.py").write_text(
@@ -256,6 +281,7 @@ def test_a_port_that_is_taken_is_named_before_anything_starts(model_folder: Path
     [
         ({"model": Path("/no/such/model")}, "--model"),
         ({"model_name": "a=b"}, "--served-model-name"),
+        ({"tenants_file": Path("none.toml")}, "--tenants-file: there is no none.toml"),
         ({"num_engines": 0}, "--engines"),
         ({"http_port": 8001}, "--http-port"),
         ({"manifest_key": Path("key.pem")}, "--require-manifest"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rempart_platform.generation import ServiceTier
+from rempart_platform.tenancy.api_keys import ApiKeyStore, Authenticator, KeyHasher
 from rempart_platform.tenancy.limits import LimitChange, LimitSet, TenantLimits
 from rempart_platform.tenancy.money import format_money, format_price, parse_money, parse_price
 from rempart_platform.tenancy.plans import PlanRegistry
@@ -68,6 +69,14 @@ async def redis() -> AsyncIterator[RedisClient]:
         yield client
 
 
+HASHER = KeyHasher(b"a pepper of 16 bytes or more")
+KEY, NEXT_KEY = f"rk_{1:016x}_{2:064x}", f"rk_{3:016x}_{4:064x}"
+
+
+def store_of(redis: RedisClient) -> ApiKeyStore:
+    return ApiKeyStore(redis, HASHER)
+
+
 def _file(folder: Path, text: str) -> Path:
     path = folder / "tenants.toml"
     path.write_text(text)
@@ -110,9 +119,67 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, message: st
         read_seed(tmp_path / "none.toml")
 
 
+def test_keys_are_read_from_where_secrets_lie(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text(f"{KEY}\n")
+    text = f"""
+    [tenants.acme.keys.ci]
+    from_file = "{tmp_path}/secret"
+    [tenants.acme.keys.app]
+    from_environ = "APP_KEY"
+    """
+    seed = read_seed(_file(tmp_path, text), {"APP_KEY": NEXT_KEY})
+    assert seed.tenants["acme"].keys == {"ci": KEY, "app": NEXT_KEY}
+    assert KEY not in repr(seed)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("from_environ = 'NOTHING'", "tenants.a.keys.k.from_environ: NOTHING cannot be read"),
+        ("from_file = '/none'", "tenants.a.keys.k.from_file: /none cannot be read"),
+        ("from_environ = 'SHORT'", "SHORT holds no key, which is rk_"),
+        ("from_environ = 'SHORT'\nfrom_file = '/none'", "must have one of from_file, from_environ"),
+        ("", "must have one of from_file, from_environ"),
+        ("key = 'rk_1'", "has no 'key'"),
+    ],
+)
+def test_a_key_that_is_not_there_is_named_and_not_shown(tmp_path: Path, said: str, message: str) -> None:
+    with pytest.raises(SeedError, match=message) as raised:
+        read_seed(_file(tmp_path, f"[tenants.a.keys.k]\n{said}"), {"SHORT": "rk_1_SECRET"})
+    assert "SECRET" not in str(raised.value)
+
+
+async def test_a_seeded_key_is_valid_until_its_entry_has_another(redis: RedisClient) -> None:
+    store = store_of(redis)
+    authenticator = Authenticator(store, HASHER, cache_s=0.0)
+
+    async def sow(key: str) -> None:
+        await apply_seed(redis, Seed({}, {"acme": TenantSeed("", LimitSet(), keys={"ci": key})}, PriceList()), store)
+
+    await sow(KEY)
+    caller = await authenticator.authenticate(KEY)
+    assert (caller.tenant, [each.key_id for each in await store.list("acme")]) == ("acme", [caller.key_id])
+    await store.revoke(caller.key_id)
+    await sow(KEY)
+    assert await store.list("acme") == (), "what was revoked stays so over a restart"
+    await sow(NEXT_KEY)
+    assert (await authenticator.authenticate(NEXT_KEY)).tenant == "acme"
+    await sow(KEY)
+    assert [each.key_id for each in await store.list("acme")] == [caller.key_id], "the one before has ended"
+    assert KEY.rpartition("_")[2] not in str(await redis.read_hash("rempart:seeds"))
+
+
+async def test_a_key_of_another_tenant_is_refused(redis: RedisClient) -> None:
+    of_both = {name: TenantSeed("", LimitSet(), keys={"ci": KEY}) for name in ("acme", "beta")}
+    with pytest.raises(SeedError, match="another tenant's"):
+        await apply_seed(redis, Seed({}, of_both, PriceList()), store_of(redis))
+    assert [each.tenant for each in await store_of(redis).list("acme")] == ["acme"]
+    assert await store_of(redis).list("beta") == ()
+
+
 async def test_seed_makes_what_it_says_and_a_restart_changes_nothing(redis: RedisClient) -> None:
     plans, tenants, prices = PlanRegistry(redis), TenantRegistry(redis), PriceRegistry(redis)
-    await asyncio.gather(apply_seed(redis, SEED), apply_seed(redis, SEED))
+    await asyncio.gather(apply_seed(redis, SEED, store_of(redis)), apply_seed(redis, SEED, store_of(redis)))
     gold = await plans.get("gold")
     assert PlanSeed(gold.limits, gold.standing) == SEED.plans["gold"]
     acme = await tenants.get("acme")
@@ -124,7 +191,7 @@ async def test_seed_makes_what_it_says_and_a_restart_changes_nothing(redis: Redi
     await tenants.change("acme", LimitChange(TenantLimits(concurrency=9)))
     await plans.set("gold", LimitChange(TenantLimits(concurrency=9)))
     await prices.set_price("some model", ModelPrice())
-    await apply_seed(redis, SEED)
+    await apply_seed(redis, SEED, store_of(redis))
     assert (await tenants.get("acme")).limits.concurrency == 9, "edits stay"
     assert (await plans.get("gold")).limits.own.concurrency == 9
     assert (await prices.read()).of("some model") == ModelPrice()
@@ -133,11 +200,11 @@ async def test_seed_makes_what_it_says_and_a_restart_changes_nothing(redis: Redi
 async def test_changed_entry_is_put_in_force_whole_and_no_other(redis: RedisClient) -> None:
     plans, tenants = PlanRegistry(redis), TenantRegistry(redis)
     await tenants.create("old", TenantLimits(concurrency=1))
-    await apply_seed(redis, SEED)
+    await apply_seed(redis, SEED, store_of(redis))
     await tenants.change("acme", LimitChange(TenantLimits(concurrency=9)))
     await plans.set("gold", LimitChange(TenantLimits(concurrency=9)))
     changed = {"acme": TenantSeed("", LimitSet(TenantLimits(tokens_per_minute=5)))}
-    await apply_seed(redis, Seed(SEED.plans, changed, SEED.prices))
+    await apply_seed(redis, Seed(SEED.plans, changed, SEED.prices), store_of(redis))
     acme = await tenants.get("acme")
     assert (acme.plan, acme.limits, acme.of_models) == ("", TenantLimits(tokens_per_minute=5), {})
     assert acme.standing == OwnStanding()
@@ -148,7 +215,7 @@ async def test_changed_entry_is_put_in_force_whole_and_no_other(redis: RedisClie
 @pytest.mark.parametrize("seed", [{"A b": TenantSeed("", LimitSet())}, {"acme": TenantSeed("gone", LimitSet())}])
 async def test_bad_name_or_plan_is_refused(redis: RedisClient, seed: dict[str, TenantSeed]) -> None:
     with pytest.raises(SeedError):
-        await apply_seed(redis, Seed({}, seed, PriceList()))
+        await apply_seed(redis, Seed({}, seed, PriceList()), store_of(redis))
     assert await TenantRegistry(redis).list() == ()
 
 

@@ -88,13 +88,36 @@ class ApiKeyStore:
         self._check_expiry(expires_s)
         key_id = secrets.token_hex(8)
         key = f"rk_{key_id}_{secrets.token_hex(32)}"
+        await self._write(tenant, key_id, key, expires_s)
+        return IssuedKey(key_id, key)
+
+    async def _write(self, tenant: str, key_id: str, key: str, expires_s: int) -> None:
         created_s = int(self._clock())
         record = {"tenant": tenant, "digest": self._hasher.digest(key), "created_s": str(created_s)}
         record |= {"expires_s": str(expires_s)} if expires_s else {}
         # Listed first and made valid second: no crash leaves a valid key that is in no list.
         await self._redis.call(lambda redis: redis.zadd(TenantKeys(tenant).api_keys, {key_id: created_s}))
         await self._redis.write_hash(api_key_record(key_id), record)
-        return IssuedKey(key_id, key)
+
+    def describe(self, key: str) -> str:
+        """Its id, and what changes with its secret and tells nothing of it."""
+        return f"{key_id_of(key)} {self._hasher.digest(key)}"
+
+    async def adopt(self, tenant: str, key: str) -> str:
+        """Makes a key valid that was made elsewhere, in the form of `issue`. Again is harmless. Returns its id.
+
+        Raises:
+            RempartError: INVALID_REQUEST when it has another form; ALREADY_EXISTS when its id is another tenant's.
+        """
+        key_id = key_id_of(key)
+        if key_id is None:
+            text = "A key is 'rk_', 16 hexadecimal digits, '_' and 64 of them, all in lower case."
+            raise RempartError(ErrorKind.INVALID_REQUEST, text, param="key")
+        known = await self.find(key_id)
+        if known is not None and known.tenant != tenant:
+            raise RempartError(ErrorKind.ALREADY_EXISTS, f"The key {key_id} is another tenant's.", param="key")
+        await self._write(tenant, key_id, key, expires_s=0)
+        return key_id
 
     async def list(self, tenant: str) -> tuple[ApiKey, ...]:
         """Valid keys of a tenant, in order of creation."""
@@ -135,6 +158,12 @@ class ApiKeyStore:
     def _check_expiry(self, expires_s: int) -> None:
         if expires_s and expires_s <= self._clock():
             raise RempartError(ErrorKind.INVALID_REQUEST, "'expires_s' must lie in the future.", param="expires_s")
+
+
+def key_id_of(key: str) -> str | None:
+    """The id in a key; None when it has not the form of one."""
+    found = _KEY.fullmatch(key)
+    return found.group(1) if found else None
 
 
 class RecordCache:
@@ -250,11 +279,6 @@ class AdminAuthenticator:
         if not hmac.compare_digest(self._digest, self._hasher.digest(bearer)):
             raise invalid_key()
         return ADMIN_KEY_HOLDER
-
-
-def is_key_id(text: str) -> bool:
-    """Whether a caller's `key_id` is that of a key of ours."""
-    return _KEY_ID.fullmatch(text) is not None
 
 
 def is_key_id(text: str) -> bool:

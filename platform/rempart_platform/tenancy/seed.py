@@ -13,6 +13,8 @@
     concurrency = 4
     cache_group = "acme-group"                  # shares its prefix cache with the group's others: they can notice
                                                 # by the time what was asked lately. Usual is none
+    [tenants.acme.keys.ci]                      # made by: echo rk_$(openssl rand -hex 8)_$(openssl rand -hex 32)
+    from_file = "/run/secrets/acme-ci"          # or from_environ = "ACME_CI_KEY"; never the key itself
 
     [prices]
     currency = "EUR"
@@ -23,19 +25,21 @@
 
 Or the same as JSON. What an entry says is put in force once: when it is new, or other than the last time. So a restart
 changes nothing, edits that were made meanwhile stay, and a changed file wins over them. What is in no file stays as it
-is.
+is. A key's entry changes with the key; the one that it was before ends, so two names make a change without a gap.
 """
 
 import asyncio
 import hashlib
 import json
+import os
 import tomllib
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.tenancy.api_keys import ApiKeyStore, key_id_of
 from rempart_platform.tenancy.keyspace import SEEDS
 from rempart_platform.tenancy.limits import LIMITS, LimitChange, LimitSet, TenantLimits
 from rempart_platform.tenancy.money import parse_money, parse_price
@@ -45,6 +49,7 @@ from rempart_platform.tenancy.redis_client import RedisAwayError, RedisClient
 from rempart_platform.tenancy.standing import STANDING, TIERS, OwnStanding, StandingChange
 from rempart_platform.tenancy.tenants import TenantRegistry
 
+_SECRET_FROM = ("from_file", "from_environ")
 _PRICES_OF = ("input", "cached", "output")
 
 
@@ -71,9 +76,11 @@ class TenantSeed:
     plan: str
     limits: LimitSet
     standing: OwnStanding = OwnStanding()
+    keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """By the names that the file has for them."""
 
     def written(self) -> list[object]:
-        """All that it says."""
+        """All that it says, but for its keys."""
         return [self.plan, {**self.limits.written(), **self.standing.written()}]
 
 
@@ -86,11 +93,11 @@ class Seed:
     prices: PriceList
 
 
-def read_seed(path: Path) -> Seed:
-    """Reads a file: JSON when its name ends so, else TOML.
+def read_seed(path: Path, environ: Mapping[str, str] = os.environ) -> Seed:
+    """Reads a file, and the secrets that it names: JSON when its name ends so, else TOML.
 
     Raises:
-        SeedError: it cannot be read, or holds what is unknown or out of range.
+        SeedError: it cannot be read, or holds what is unknown or out of range, or a secret is not there.
     """
     try:
         text = path.read_text()
@@ -102,20 +109,20 @@ def read_seed(path: Path) -> Seed:
     tenants = _tables(root, "tenants")
     return Seed(
         {name: _plan(entry, f"plans.{name}") for name, entry in plans.items()},
-        {name: _tenant(entry, f"tenants.{name}") for name, entry in tenants.items()},
+        {name: _tenant(entry, f"tenants.{name}", environ) for name, entry in tenants.items()},
         _prices(root.get("prices", {})),
     )
 
 
-async def apply_seed(redis: RedisClient, seed: Seed) -> None:
+async def apply_seed(redis: RedisClient, seed: Seed, keys: ApiKeyStore) -> None:
     """Puts in force what is new in a seed, waiting for Redis as long as it takes.
 
     Raises:
-        SeedError: a name is not one, or a tenant's plan is neither in the seed nor in Redis.
+        SeedError: a name is not one, a tenant's plan is neither in the seed nor in Redis, or a key is another tenant's.
     """
     while True:
         try:
-            await _apply(redis, seed)
+            await _apply(redis, seed, keys)
         except RedisAwayError as error:
             await asyncio.sleep(error.retry_after_s or 1.0)
         except RempartError as error:
@@ -124,7 +131,7 @@ async def apply_seed(redis: RedisClient, seed: Seed) -> None:
             return
 
 
-async def _apply(redis: RedisClient, seed: Seed) -> None:
+async def _apply(redis: RedisClient, seed: Seed, keys: ApiKeyStore) -> None:
     applied = await redis.read_hash(SEEDS)
     plans, tenants = PlanRegistry(redis), TenantRegistry(redis)
 
@@ -138,6 +145,13 @@ async def _apply(redis: RedisClient, seed: Seed) -> None:
         await once(f"plan {name}", plan.written(), partial(_apply_plan, plans, name, plan))
     for name, tenant in seed.tenants.items():
         await once(f"tenant {name}", tenant.written(), partial(_apply_tenant, tenants, plans, name, tenant))
+        for key_name, key in tenant.keys.items():
+            entry = f"key {name} {key_name}"
+            said_before = applied.get(entry, "")
+            if said_before != keys.describe(key):
+                await keys.adopt(name, key)
+                await _revoke_other(keys, said_before.partition(" ")[0], key)
+                await redis.write_hash(SEEDS, {entry: keys.describe(key)})
     if seed.prices != PriceList():
         prices = {model: [price.input, price.cached, price.output] for model, price in seed.prices.of_models.items()}
         said = [seed.prices.currency, prices]
@@ -162,6 +176,12 @@ async def _apply_tenant(tenants: TenantRegistry, plans: PlanRegistry, name: str,
     changes = _changes(seed.limits, LimitSet(tenant.limits, tenant.of_models))
     await tenants.change(name, *changes, _standing_change(seed.standing))
     await tenants.set_plan(name, seed.plan)
+
+
+async def _revoke_other(keys: ApiKeyStore, key_id: str, key: str) -> None:
+    """Ends the key that the same name had before, unless somebody has done so already."""
+    if key_id and key_id != key_id_of(key) and await keys.find(key_id) is not None:
+        await keys.revoke(key_id)
 
 
 async def _apply_prices(registry: PriceRegistry, prices: PriceList) -> None:
@@ -191,10 +211,28 @@ def _plan(entry: object, where: str) -> PlanSeed:
     return PlanSeed(_limit_set(entry, where, names), _standing(_table(entry, where, None), where))
 
 
-def _tenant(entry: object, where: str) -> TenantSeed:
-    limits = _limit_set(entry, where, {"plan", *STANDING})
+def _tenant(entry: object, where: str, environ: Mapping[str, str]) -> TenantSeed:
+    limits = _limit_set(entry, where, {"plan", "keys", *STANDING})
     table = _table(entry, where, None)
-    return TenantSeed(str(table.get("plan", "")), limits, _standing(table, where))
+    keys = {
+        name: _key(_table(said, f"{where}.keys.{name}", {*_SECRET_FROM}), f"{where}.keys.{name}", environ)
+        for name, said in _tables(table, "keys", where).items()
+    }
+    return TenantSeed(str(table.get("plan", "")), limits, _standing(table, where), keys)
+
+
+def _key(table: Mapping[str, object], where: str, environ: Mapping[str, str]) -> str:
+    """The key that a file of its own or the environment holds: this one is no place for secrets."""
+    if len(table) != 1:
+        raise SeedError(f"{where} must have one of {', '.join(_SECRET_FROM)}")
+    ((source, name),) = table.items()
+    try:
+        key = (Path(str(name)).read_text() if source == "from_file" else environ[str(name)]).strip()
+    except (OSError, ValueError, KeyError) as error:
+        raise SeedError(f"{where}.{source}: {name} cannot be read ({type(error).__name__})") from None
+    if key_id_of(key) is None:
+        raise SeedError(f"{where}.{source}: {name} holds no key, which is rk_<16 hex digits>_<64 hex digits>")
+    return key
 
 
 def _standing(table: Mapping[str, object], where: str) -> OwnStanding:
