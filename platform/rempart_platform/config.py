@@ -32,6 +32,7 @@ from rempart_platform.endpoints.service_name import ServiceName, parse_services
 from rempart_platform.endpoints.session import SessionConfig
 from rempart_platform.endpoints.static import parse_address, parse_addresses
 from rempart_platform.holding import HoldConfig
+from rempart_platform.leadership import LeaseConfig, parse_lease_name
 from rempart_platform.oidc.values import OidcConfig
 from rempart_platform.request_limits import RequestLimits
 from rempart_platform.tenancy.queue_values import QueueConfig
@@ -101,6 +102,9 @@ class RouterConfig:
     pick: PickConfig = PickConfig()
     discovery: DiscoveryConfig = DiscoveryConfig()
     hold: HoldConfig = HoldConfig()
+    leader_lease: tuple[str, str] | None = None
+    """--leader-lease NAMESPACE/NAME, a Lease of Kubernetes that is made when it is not there; without it all lead."""
+    leader: LeaseConfig = LeaseConfig()
     quota: QuotaConfig = QuotaConfig()
     queue: QueueConfig = QueueConfig()
     batch: BatchConfig = BatchConfig()
@@ -145,6 +149,13 @@ class RouterConfig:
             type=_max_model_len,
             metavar="NAME=TOKENS",
             help="of a model, until an engine says it",
+        )
+        parser.add_argument(
+            "--leader-lease",
+            default=argparse.SUPPRESS,
+            type=_listed(parse_lease_name),
+            metavar="NAMESPACE/NAME",
+            help="a Lease of Kubernetes, by which one of the routers does what only one should",
         )
         engines = parser.add_mutually_exclusive_group(required=True)
         engines.add_argument(

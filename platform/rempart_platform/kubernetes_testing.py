@@ -60,6 +60,7 @@ class FakeKubernetes:
         self._slices: dict[str, Manifest] = {}
         self._events: list[tuple[int, Manifest]] = []
         self._version = 100
+        self._num_requests = 0
         self._watching: set[asyncio.Transport] = set()  # a connection each
         self._swallowed: set[asyncio.Transport] = set()
         self._changed = asyncio.Condition()
@@ -139,6 +140,11 @@ class FakeKubernetes:
         async with asyncio.timeout(timeout_s), self._changed:
             await self._changed.wait_for(lambda: predicate(self))
 
+    async def wait_for_request(self) -> None:
+        """Waits until anything is asked that is not left hanging."""
+        num_requests = self._num_requests
+        await self.wait_for(lambda api: api._num_requests > num_requests)
+
     async def cut(self) -> None:
         """Breaks the connections of all watches."""
         for connection in tuple(self._watching):
@@ -170,6 +176,8 @@ class FakeKubernetes:
     async def _refuse(self, request: web.Request) -> web.Response | None:
         if _connection_of(request).get_extra_info("sockname")[1] in self.faults.hangs:
             await asyncio.Event().wait()
+        self._num_requests += 1
+        await self._notify()
         if self.faults.forbids:
             return _status(403, "endpointslices is forbidden: User cannot list resource")
         return None

@@ -34,6 +34,7 @@ from rempart_platform.metrics import EndpointCollector, QueueMetrics, QuotaMetri
 from rempart_platform.model_sync import load_catalog, sync_model
 from rempart_platform.models import ModelCatalog
 from rempart_platform.oidc.authenticator import Gates, open_gates
+from rempart_platform.open_leadership import open_leadership
 from rempart_platform.process_metrics import RouterState, register_process_metrics
 from rempart_platform.readiness import Readiness
 from rempart_platform.servers import grpc_server, http_server, metrics_server
@@ -77,6 +78,7 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
             await _sow(apply_seed(redis, seed, keys), stop)
         audit = await stack.enter_async_context(open_audit_log(config.audit, redis, registry, config_digest(config)))
         ledger = await stack.enter_async_context(open_ledger(redis, config.quota, QuotaMetrics(metrics)))
+        leadership = await stack.enter_async_context(open_leadership(config, registry))
         source = await stack.enter_async_context(open_source(config, DiscoveryMetrics(registry)))
         pool, readiness, holding = _build_pool(config, catalog, source, metrics)
         registry.register(EndpointCollector(pool.states))
@@ -119,7 +121,7 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
         grpc_address = await stack.enter_async_context(grpc_server(inference, batches, admin, readiness, config))
         if batch is not None:
             runner = OnlineLineRunner(services, BatchCallers(keys, standings))
-            await stack.enter_async_context(batch.working(runner, catalog.has))
+            await stack.enter_async_context(batch.working(runner, catalog.has, leadership.is_leader))
         line = {"ready": True, "http": http_url, "grpc": grpc_address, "metrics": metrics_url}
         async with _running(_announce_when_ready(readiness, announce, line)):
             await stop.wait()

@@ -177,6 +177,25 @@ async def test_a_refusal_is_said_once_and_clearly_and_tried_again(
             await told.wait_for_set(at("10.0.0.1", "10.0.0.2"))
 
 
+async def test_a_source_has_synced_once_every_service_was_read_and_stays_so(api: FakeKubernetes) -> None:
+    api.faults.forbids = True
+    told = Told()
+    async with api.client() as client:
+        services = (ENGINES, ServiceName("llm", "small"))
+        source = MergedSource([ServiceSource(client, service, DEFAULT, told, random.Random(1)) for service in services])
+        running = asyncio.create_task(source.run(told))
+        await told.wait_for(lambda told: len(told.failures) >= 2)
+        assert not source.has_synced
+        api.faults.forbids = False
+        await told.wait_for_set(at("10.0.0.1", "10.0.0.2"))
+        await told.wait_for(lambda _: source.has_synced)
+        await api.stop()
+        await told.wait_for(lambda told: told.failures[-1] == "connection")
+        assert source.has_synced
+        running.cancel()
+        await asyncio.wait([running])
+
+
 async def test_an_api_that_is_away_at_the_start_and_later_loses_no_endpoint(api: FakeKubernetes) -> None:
     await api.stop()
     async with following(api) as told:

@@ -17,8 +17,11 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tokenizers import decoders, models, pre_tokenizers
 
 from rempart_platform.config import ModelSource, RouterConfig, RouterSecrets
+from rempart_platform.endpoints.service_name import ServiceName
 from rempart_platform.endpoints.session import SessionConfig
 from rempart_platform.endpoints.testing import FakeEngine, Faults, fake_model_info
+from rempart_platform.holding import HoldConfig
+from rempart_platform.kubernetes_testing import FakeKubernetes, endpoint
 from rempart_platform.router import serve
 from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redis
 from rempart_platform.text.byte_level import BYTE_OF
@@ -76,7 +79,7 @@ class Router:
         return sum(
             float(line.split()[-1])
             for line in text.splitlines()
-            if line.startswith(f"rempart_router_{name}") and all(label in line for label in labels)
+            if line.startswith((name, f"rempart_router_{name}")) and all(label in line for label in labels)
         )
 
     async def health(self, service: str) -> health_pb2.HealthCheckResponse:
@@ -338,3 +341,45 @@ async def test_the_process_prints_one_ready_line_and_leaves_by_a_signal_with_0(
     assert process.returncode == 0, errors
     assert rest == b""
     assert all(json.loads(entry) for entry in errors.splitlines())
+
+
+def kubeconfig(api: FakeKubernetes, folder: Path) -> str:
+    """A file that leads to the API."""
+    path = folder / "kubeconfig"
+    config = {
+        "current-context": "here",
+        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
+        "clusters": [{"name": "here", "cluster": {"server": api.url()}}],
+        "users": [{"name": "me", "user": {}}],
+    }
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+async def test_a_request_wakes_engines_that_kubernetes_then_names(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = ServiceName("llm", "engines")
+    found: dict[str, object] = {
+        "engines_kubernetes": (service,),
+        "hold": HoldConfig(without_engine_s=30.0),
+        "leader_lease": ("llm", "router"),
+    }
+    async with FakeKubernetes() as api, fake_engine() as engine:
+        monkeypatch.setenv("KUBECONFIG", kubeconfig(api, tmp_path))
+        async with running_router(model_folder, **found) as router, router.http() as http:
+            assert (await http.get("/readyz")).status_code == 200  # without one engine, or nobody would come
+            assert await router.metric("rempart_requests_held", MODEL) == 0
+            asking = asyncio.create_task(http.post("/v1/chat/completions", json=chat_body()))
+            async with asyncio.timeout(10):
+                while await router.metric("rempart_requests_held", MODEL) == 0:  # noqa: ASYNC110 - as an autoscaler
+                    await asyncio.sleep(0.01)
+            port = int(engine.address.rpartition(":")[2])
+            await api.put_slice("engines-a", "engines", endpoint("127.0.0.1"), ports=[{"name": "grpc", "port": port}])
+            assert (await asking).status_code == 200
+            assert await router.metric("rempart_discovery_endpoints", str(service), "serving") == 1
+            assert await router.metric("rempart_discovery_last_sync_timestamp_seconds", str(service)) > 0
+            assert await router.metric("rempart_is_leader") == 1
+            await api.stop()
+            assert (await http.post("/v1/chat/completions", json=chat_body())).status_code == 200
+            assert (await http.get("/readyz")).status_code == 200
