@@ -128,6 +128,7 @@ class Clients:
         self._rng = random.Random(1)
         self._ids = itertools.count()
         self._flood: list[asyncio.Task[None]] = []
+        self._is_flooding = False
         self.num_flood_answers = 0
 
     async def ask(self, router: Dispatcher, tenant: str, prompts: tuple[int, int], outputs: tuple[int, int]) -> float:
@@ -159,6 +160,7 @@ class Clients:
 
     async def start_flood(self) -> None:
         """Returns when all rows have changed hands twice."""
+        self._is_flooding = True
         self._flood = [
             asyncio.create_task(self._keep_asking(self._routers[number % len(self._routers)]))
             for number in range(_FLOODING)
@@ -171,12 +173,13 @@ class Clients:
     async def stop_flood(self) -> None:
         """Raises WrongAnswerError and what else went wrong there."""
         self._raise_failures()
+        self._is_flooding = False  # a cancellation alone may be lost in a call of Redis
         for task in self._flood:
             task.cancel()
         await asyncio.wait(self._flood)
 
     async def _keep_asking(self, router: Dispatcher) -> None:
-        while True:
+        while self._is_flooding:
             await self.ask(router, "flood", _FLOOD_PROMPT, _FLOOD_OUTPUT)
             self.num_flood_answers += 1
 
@@ -223,16 +226,16 @@ def main() -> None:
     """Measures, prints, and fails when an answer was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few requests: only shows that it runs")
-    parser.add_argument("--reserved-share", type=float, default=CapacityRules().reserved_share, help="of all rows")
+    parser.add_argument("--reserve", type=float, default=CapacityRules().reserve, help="as `rempart router` has it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep all numbers there")
     args = parser.parse_args()
     machine = this_machine()
     num_rounds, num_asked = (1, 20) if args.quick else (3, 70)
-    rules = CapacityRules(reserved_share=args.reserved_share)
+    rules = CapacityRules(reserve=args.reserve)
     alone, beside = asyncio.run(run(num_rounds, num_asked, rules))
     ratio = beside.p99 / alone.p99
     print(f"# A light tenant beside a flood\n\n{describe(machine)}\n\n{show((alone, beside))}\n")
-    print(f"p99 beside / p99 alone: {ratio:.2f}; aim: {_AIM}. Reserved share of the rows: {args.reserved_share}.")
+    print(f"p99 beside / p99 alone: {ratio:.2f}; aim: {_AIM}. Reserve: {args.reserve}.")
     if args.json is not None:
         times = [asdict(alone), asdict(beside)]
         write_json(args.json, machine, {"tenant_isolation": times, "p99_ratio": ratio, **asdict(rules)})

@@ -14,7 +14,9 @@ def test_endpoints_that_can_take_requests_add_up() -> None:
     other = replace(IDLE, model=replace(MODEL, name="other"))
     lost = replace(IDLE, is_ready=False)
     draining = replace(IDLE, load=replace(IDLE.load, is_draining=True))
-    assert capacity_of([IDLE, other, lost, draining, IDLE], "m", RULES) == Capacity(64, 2 * 100 * 64 * 2, 4, 1280)
+    assert capacity_of([IDLE, other, lost, draining, IDLE], "m", RULES) == Capacity(
+        64, 2 * 100 * 64 * 2, 4, 2 * (12800 * 2 // 32)
+    )
     assert capacity_of([other, lost], "m", RULES) == Capacity(0, 0)
 
 
@@ -38,10 +40,10 @@ def test_an_endpoint_that_was_full_gets_only_what_keeps_it_busy(
 
 def test_an_endpoint_that_tells_its_rows_is_given_no_more_but_what_keeps_it_busy() -> None:
     told = replace(IDLE, model=replace(MODEL, max_num_rows=20))
-    reserved = 1 + 4  # a twentieth of what runs, and what would wait before whoever comes later
-    assert capacity_of([told], "m", RULES) == Capacity(24, 12800, reserved, 640)
+    reserved = 2 + 4  # half the root of what runs, and what would wait before whoever comes later
+    assert capacity_of([told], "m", RULES) == Capacity(24, 12800, reserved, 1280)
     full = replace(told, load=replace(IDLE.load, num_running=20, num_waiting=3), full_rows=20)
-    assert capacity_of([full], "m", RULES) == Capacity(24, 12800, reserved, 640)
+    assert capacity_of([full], "m", RULES) == Capacity(24, 12800, reserved, 1280)
     many = replace(IDLE, model=replace(MODEL, max_num_rows=1000))
     assert capacity_of([many], "m", RULES).rows == 32
 
@@ -55,14 +57,12 @@ def test_where_blocks_are_what_is_full_more_may_be_tried() -> None:
 
 
 def test_nothing_is_reserved_where_nothing_shall_be() -> None:
-    capacity = capacity_of(
-        [replace(IDLE, model=replace(MODEL, max_num_rows=20))], "m", replace(RULES, reserved_share=0.0)
-    )
+    capacity = capacity_of([replace(IDLE, model=replace(MODEL, max_num_rows=20))], "m", replace(RULES, reserve=0.0))
     assert capacity == Capacity(24, 12800)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"reserved_share": 1.0}, {"rows_per_endpoint": 0}, {"rows_ahead": 0}, {"token_overcommit": 0.0}]
+    "changes", [{"reserve": 1.5}, {"rows_per_endpoint": 0}, {"rows_ahead": 0}, {"token_overcommit": 0.0}]
 )
 def test_rules_that_would_grant_nothing_are_refused(changes: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 
 from rempart_platform.endpoints.load import EndpointLoad, EndpointModel, EndpointState
-from rempart_platform.endpoints.pick import PickConfig, pick, work_tokens
+from rempart_platform.endpoints.pick import PickConfig, fullness, pick, work_tokens
 from rempart_platform.endpoints.static import parse_addresses
 
-FEW_ROWS = EndpointModel("m", max_model_len=4096, vocab_size=512, eos_token_ids=(0,), block_size=64, max_num_rows=2)
 MODEL = EndpointModel("m", max_model_len=4096, vocab_size=512, eos_token_ids=(0,), block_size=64)
+MODEL_OF_16_ROWS = replace(MODEL, max_num_rows=16)
 IDLE = EndpointLoad(num_free_blocks=100, num_blocks=100)
 
 
@@ -124,11 +124,15 @@ def test_a_malformed_address_is_refused_by_name(text: str) -> None:
         parse_addresses(text)
 
 
-def test_a_free_row_comes_before_a_cached_prefix_and_less_work() -> None:
-    busy = EndpointState("busy:1", FEW_ROWS, is_ready=True, load=EndpointLoad(num_running=1, num_blocks=100))
-    full = EndpointState("full:1", FEW_ROWS, is_ready=True, load=EndpointLoad(1, 1, num_blocks=100, num_free_blocks=90))
-    ours = replace(full, address="ours:1", load=EndpointLoad(num_blocks=100, num_free_blocks=100), num_in_flight=2)
-    cached = {"full:1": 4000, "ours:1": 4000}
-    picked = pick([busy, full, ours], "m", random.Random(1), cached_tokens=cached)
-    assert picked == busy
-    assert pick([full, ours], "m", random.Random(1), cached_tokens=cached) == ours
+def test_what_is_less_full_comes_before_a_cached_prefix_and_less_work() -> None:
+    def state(name: str, num_running: int, num_waiting: int = 0, num_in_flight: int = 0) -> EndpointState:
+        used = {"roomy": 90, "nearly": 10}.get(name, 0)
+        load = EndpointLoad(num_waiting, num_running, num_blocks=100, num_free_blocks=100 - used)
+        return EndpointState(name, MODEL_OF_16_ROWS, is_ready=True, load=load, num_in_flight=num_in_flight)
+
+    roomy, nearly, ours, full = state("roomy", 13), state("nearly", 14), state("ours", 0, 0, 15), state("full", 15, 1)
+    assert [fullness(each) for each in (roomy, nearly, ours, full)] == [0, 1, 1, 2]
+    assert fullness(endpoint("unknown:1", load=EndpointLoad(num_running=500))) == 0
+    cached = {"full": 4000}
+    for states, expected in (((full, ours, nearly, roomy), roomy), ((full, ours, nearly), ours), ((full,), full)):
+        assert pick(states, "m", random.Random(1), cached_tokens=cached) == expected

@@ -30,35 +30,34 @@ class CapacityRules:
     there is in no order of ours: the fewer, the fairer."""
     token_overcommit: float = 4.0
     """Tokens granted for each that the KV blocks hold: most requests end long before their worst case."""
-    reserved_share: float = 0.05
-    """Share of rows and tokens that is kept, while several tenants are served, for those that hold no more than it: one
-    that comes now and then need not wait until a request of one that floods ends. 0 keeps nothing."""
+    reserve: float = 0.5
+    """So many times the square root of an endpoint's rows, and as large a part of its tokens, are kept while several
+    tenants are served, for those that hold no more than that: one that comes now and then need not wait until a request
+    of one that floods ends. 1 row of 4, 4 of 64, 8 of 256, as chance meetings grow with the root; 0 keeps nothing."""
 
     def __post_init__(self) -> None:
         if self.rows_per_endpoint < 1 or self.rows_ahead < 1:
             raise ValueError("rows_per_endpoint and rows_ahead must be at least 1")
         if not self.token_overcommit > 0:
             raise ValueError("token_overcommit must be above 0")
-        if not 0 <= self.reserved_share < 1:
-            raise ValueError("reserved_share must be at least 0 and below 1")
+        if not 0 <= self.reserve <= 1:
+            raise ValueError("reserve must be between 0 and 1")
 
 
 def capacity_of(states: Iterable[EndpointState], model: str, rules: CapacityRules) -> Capacity:
     """What all endpoints that can take requests for the model take together."""
-    rows, tokens, reserved_rows = 0, 0, 0
+    rows, tokens, reserved_rows, reserved_tokens = 0, 0, 0, 0
     for state in states:
         if not can_take(state, model):
             continue
         assert state.model is not None  # or it could not take any
-        rows_here, reserved_here = _rows_of(state, state.model, rules)
-        rows += rows_here
-        reserved_rows += reserved_here
-        tokens += round(state.load.num_blocks * state.model.block_size * rules.token_overcommit)
-    return Capacity(rows, tokens, reserved_rows, math.ceil(tokens * rules.reserved_share))
+        here = _capacity_of(state, state.model, rules)
+        rows, tokens = rows + here.rows, tokens + here.tokens
+        reserved_rows, reserved_tokens = reserved_rows + here.reserved_rows, reserved_tokens + here.reserved_tokens
+    return Capacity(rows, tokens, reserved_rows, reserved_tokens)
 
 
-def _rows_of(state: EndpointState, model: EndpointModel, rules: CapacityRules) -> tuple[int, int]:
-    """Rows of one endpoint, and those of them that are reserved."""
+def _capacity_of(state: EndpointState, model: EndpointModel, rules: CapacityRules) -> Capacity:
     load, most = state.load, min(model.max_num_rows or rules.rows_per_endpoint, rules.rows_per_endpoint)
     running = most
     if load.num_waiting > 0:
@@ -67,9 +66,11 @@ def _rows_of(state: EndpointState, model: EndpointModel, rules: CapacityRules) -
         # It may run more than when it was full of longer ones, and then this grows.
         running = min(max(state.full_rows, load.num_running), most)
     rows = min(running + rules.rows_ahead, rules.rows_per_endpoint)
-    reserved = math.ceil(running * rules.reserved_share)
+    reserved = math.floor(rules.reserve * math.sqrt(running))
+    tokens = round(load.num_blocks * model.block_size * rules.token_overcommit)
+    reserved_tokens = tokens * reserved // max(running, 1)
     if reserved and running == most:
         # What waits in a full endpoint is before all that come later. Where its blocks are what is full, nobody knows
         # how many it could run, and only what waits there tells.
         reserved += rows - running
-    return rows, reserved
+    return Capacity(rows, tokens, reserved, reserved_tokens)

@@ -3,9 +3,11 @@
 Pure: states in, one of them out. Nothing here knows a connection or a clock.
 """
 
+import math
 import random
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 
 from rempart_platform.endpoints.load import EndpointState
 
@@ -62,11 +64,23 @@ def work_tokens(state: EndpointState) -> int:
     return state.num_in_flight_tokens + load.num_waiting_tokens + used_blocks * _block_size(state)
 
 
-def has_free_row(state: EndpointState) -> bool:
-    """Whether a new request would begin at once and not wait until another ends; True where that is not known."""
-    assert state.model is not None, "it can take requests"
-    num_taken = max(state.load.num_running + state.load.num_waiting, state.num_in_flight)
-    return state.model.max_num_rows == 0 or num_taken < state.model.max_num_rows
+class Fullness(IntEnum):
+    """How full of sequences an endpoint is, as far as it is known."""
+
+    ROOMY = 0
+    NEARLY_FULL = 1
+    """It has no more free rows than the fair queue keeps for tenants that come now and then."""
+    FULL = 2
+    """A new request would wait until another ends."""
+
+
+def fullness(state: EndpointState) -> Fullness:
+    """ROOMY where the endpoint does not tell its rows."""
+    most = state.model.max_num_rows if state.model is not None else 0
+    num_free = most - max(state.load.num_running + state.load.num_waiting, state.num_in_flight)
+    if most == 0 or num_free > math.isqrt(most) // 2:
+        return Fullness.ROOMY
+    return Fullness.NEARLY_FULL if num_free > 0 else Fullness.FULL
 
 
 def pick(
@@ -79,8 +93,8 @@ def pick(
 ) -> EndpointState | None:
     """The endpoint for the next request of a model, or None when none can take it.
 
-    Those with a free row come before those without: the fair queue lets a request go because there is one somewhere.
-    The score is in tokens: the work before the request, and what of its prompt is not cached. A token of work counts
+    The least full come first: the fair queue lets a request go because there is a free row somewhere. The score is in
+    tokens: the work before the request, and what of its prompt is not cached. A token of work counts
     the more, the smaller the endpoint's KV capacity is beside the largest one's.
 
     Args:
@@ -93,7 +107,8 @@ def pick(
     candidates = [state for state in states if can_take(state, model) and state.address not in avoid]
     if not candidates:
         return None
-    candidates = [state for state in candidates if has_free_row(state)] or candidates
+    least_full = min(fullness(state) for state in candidates)
+    candidates = [state for state in candidates if fullness(state) == least_full]
     cached = cached_tokens or {}
     largest = max(_capacity(state) for state in candidates)
     # The prompt is equally long everywhere: what is cached is taken off instead of adding what is not.
