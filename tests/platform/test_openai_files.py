@@ -17,6 +17,7 @@ from openai.types import FileObject
 from rempart_platform.apis.batch_testing import NOW_S, FakeBatches, FakeFiles, batch_services
 from rempart_platform.apis.form_parser import FormParser, Mark, Part
 from rempart_platform.apis.http_limits import HttpLimits
+from rempart_platform.apis.pace import Pace
 from rempart_platform.apis.testing import (
     CALLER,
     KEY,
@@ -311,6 +312,11 @@ async def test_a_client_that_stalls_is_given_up_and_nothing_is_kept() -> None:
         refused = await post(client, stalls())
     assert (refused.status_code, refused.json()["error"]["code"]) == (408, "request_timeout")
     assert files.stored == {}
+
+
+def test_a_client_may_lag_as_far_behind_its_rate_as_it_is_given() -> None:
+    assert [Pace(60, 1000, 5).patience_s(num_bytes) for num_bytes in (0, 10_000, 10**9)] == [5, 15, 60]
+    assert Pace(60, 0, 5).patience_s(0) == 60, "without a rate, only the time counts"
 
 
 async def test_a_store_that_is_slow_is_not_the_clients_fault() -> None:

@@ -15,11 +15,17 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """`timeout_s` for all of it, and never further behind `min_bytes_per_s` than `grace_s`."""
+    """`timeout_s` for all of it, and never further behind `min_bytes_per_s` than `grace_s`. 0 bytes/s is no rate."""
 
     timeout_s: float
     min_bytes_per_s: int
     grace_s: float
+
+    def patience_s(self, num_bytes: int) -> float:
+        """How long to wait in all for a client that has sent this much."""
+        if self.min_bytes_per_s == 0:
+            return self.timeout_s
+        return min(self.timeout_s, self.grace_s + num_bytes / self.min_bytes_per_s)
 
 
 class PacedClient:
@@ -32,8 +38,7 @@ class PacedClient:
 
     async def wait_for(self, message: Awaitable[_T]) -> _T:
         """The client's next message. Raises RempartError REQUEST_TIMEOUT."""
-        pace = self._pace
-        patience_s = min(pace.timeout_s, pace.grace_s + self._num_bytes / pace.min_bytes_per_s)
+        patience_s = self._pace.patience_s(self._num_bytes)
         clock = asyncio.get_running_loop().time
         started = clock()
         try:
