@@ -43,7 +43,7 @@ def airgap(environ: dict[str, str], *args: str, exit_code: int = 0) -> str:
 @pytest.mark.parametrize("model", sorted(path.stem for path in (ROOT / "deploy" / "models").glob("*.yaml")))
 def test_every_image_of_every_pod_is_listed(environ: dict[str, str], model: str) -> None:
     flags = ("-f", str(ROOT / "deploy/providers/kind.yaml"), "-f", str(ROOT / f"deploy/models/{model}.yaml"))
-    command = ["helm", "template", "rempart", ROOT / "helm" / "rempart", *flags]
+    command = ["helm", "template", "rempart", str(ROOT / "helm" / "rempart"), *flags]
     manifests = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environ).stdout
     images: set[str] = set()
 

@@ -49,9 +49,9 @@ def test_every_stage_stands_on_a_digest_or_another_stage_and_none_runs_as_root()
 def test_what_the_router_image_installs_runs_without_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
-    install = [python, "-m", "pip", "install", "-q", "--no-deps"]
-    subprocess.run([*install, "--require-hashes", "-r", IMAGES / "router.lock"], check=True)
-    subprocess.run([*install, ROOT], check=True)
+    install = [str(python), "-m", "pip", "install", "-q", "--no-deps"]
+    subprocess.run([*install, "--require-hashes", "-r", str(IMAGES / "router.lock")], check=True)
+    subprocess.run([*install, str(ROOT)], check=True)
     for module in ("rempart_platform", "rempart_engine.fetch", "rempart_engine.manifest"):
         help_text = subprocess.run([python, "-m", module, "--help"], check=True, capture_output=True, text=True).stdout
         assert "usage: rempart" in help_text
