@@ -41,19 +41,19 @@ def chat(**fields: object) -> bytes:
 
 async def test_a_chat_is_answered_at_the_batch_tier_whatever_it_asks_for() -> None:
     dispatcher = FakeDispatcher(texts=["Paris"])
-    answer = await runner_of(dispatcher)(CALLER, CHAT, chat(service_tier="priority", stream=False))
+    answer = await runner_of(dispatcher)(CALLER, CHAT, chat(service_tier="priority", stream=False), 60.0)
     body = json.loads(answer.body)
     assert (answer.status_code, answer.error) == (200, None)
     assert body["choices"][0]["message"]["content"] == "Paris"
     assert body["service_tier"] == "batch"
     (request,) = dispatcher.requests
     assert (request.service_tier, request.caller.tenant) == (ServiceTier.BATCH, "acme")
-    assert answer.request_id == request.request_id
+    assert (answer.request_id, request.timeout_s) == (request.request_id, 60.0)
 
 
 async def test_a_completion_is_answered_with_its_echo() -> None:
     body = json.dumps({"model": MODEL, "prompt": "hi", "echo": True}).encode()
-    answer = await runner_of(FakeDispatcher(texts=["Paris"]))(CALLER, COMPLETIONS, body)
+    answer = await runner_of(FakeDispatcher(texts=["Paris"]))(CALLER, COMPLETIONS, body, 60.0)
     assert json.loads(answer.body)["choices"][0]["text"] == "hiParis"
 
 
@@ -70,7 +70,7 @@ async def test_what_cannot_be_done_is_answered_as_online(
     endpoint: str, body: bytes, kind: ErrorKind, param: str
 ) -> None:
     dispatcher = FakeDispatcher(texts=["Paris"])
-    answer = await runner_of(dispatcher)(CALLER, endpoint, body)
+    answer = await runner_of(dispatcher)(CALLER, endpoint, body, 60.0)
     assert answer.error is not None
     assert (answer.error.kind, answer.status_code) == (kind, kind.value.http_status)
     assert json.loads(answer.body)["error"]["param"] == param
@@ -79,7 +79,7 @@ async def test_what_cannot_be_done_is_answered_as_online(
 
 async def test_a_refusal_is_handed_on_with_its_wait() -> None:
     refusal = RempartError(ErrorKind.RATE_LIMIT_EXCEEDED, "wait", retry_after_s=3.0)
-    answer = await runner_of(FakeDispatcher(texts=[], refusal=refusal))(CALLER, CHAT, chat())
+    answer = await runner_of(FakeDispatcher(texts=[], refusal=refusal))(CALLER, CHAT, chat(), 60.0)
     assert (answer.status_code, answer.error) == (429, refusal)
 
 
@@ -87,7 +87,7 @@ async def test_a_mistake_of_ours_is_an_answer_too(caplog: pytest.LogCaptureFixtu
     async def broken(caller: Caller) -> Caller:
         raise ZeroDivisionError
 
-    answer = await OnlineLineRunner(fake_services(FakeDispatcher(texts=[])), broken)(CALLER, CHAT, chat())
+    answer = await OnlineLineRunner(fake_services(FakeDispatcher(texts=[])), broken)(CALLER, CHAT, chat(), 60.0)
     assert answer.error is not None
     assert answer.error.kind is ErrorKind.INTERNAL
     assert "ZeroDivisionError" in caplog.text

@@ -13,7 +13,7 @@ from rempart_platform.batch.input_check import check_input
 from rempart_platform.batch.jobs import load_job
 from rempart_platform.batch.plan import Plan
 from rempart_platform.batch.result_lines import Outcome, ResultLine, Tally, join_results, split_results
-from rempart_platform.batch.storage import job_prefix, plan_path, shard_path
+from rempart_platform.batch.storage import BatchStorage, job_prefix, plan_path, shard_path
 from rempart_platform.batch.testing import (
     ENDPOINT,
     BatchRig,
@@ -25,11 +25,12 @@ from rempart_platform.batch.testing import (
 )
 from rempart_platform.batch.values import Batch, BatchStatus, LineAnswer, LineCounts
 from rempart_platform.batch.work_queue import FINALIZE, VALIDATE, Claim, Interruption, WorkQueue
+from rempart_platform.object_store import open_object_store
 from rempart_platform.tenancy.batch_keys import DEAD_TASKS, OPEN_JOBS, work_of
 from rempart_platform.tenancy.redis_client import RedisClient
 from rempart_platform.tenancy.testing import own_redis
 
-CONFIG = BatchConfig(lines_per_shard=4, lease_s=0.1, poll_s=0.02, max_deliveries=3, keep_parts_s=100.0)
+CONFIG = BatchConfig(lines_per_shard=4, lease_s=0.2, poll_s=0.02, max_deliveries=3, keep_parts_s=100.0)
 """A lease that ends as soon as nobody renews it."""
 
 
@@ -322,3 +323,36 @@ def test_kept_answers_are_read_as_they_were_written() -> None:
 
 def test_a_plan_that_is_kept_names_its_model() -> None:
     assert Plan.decode(Plan("m", ()).encoded()) == Plan("m", ())
+
+
+async def test_answers_that_are_gone_fail_the_batch(rig: BatchRig) -> None:
+    batch = await started(rig, 1)
+    queue = queue_of(rig, "one")
+    claim = await claimed(queue)
+    assert await queue.finish_shard(claim, Tally.of(join_results([answer(0, "x")])))
+    async with rig.working():
+        batch = await rig.ended(batch)
+    assert (batch.status, [error.code for error in batch.errors]) == (BatchStatus.FAILED, ["answers_missing"])
+
+
+async def test_a_worker_that_is_stopped_in_the_middle_of_a_long_input_gives_it_back(
+    redis: RedisClient, tmp_path: Path
+) -> None:
+    rig = BatchRig(redis, tmp_path, replace(CONFIG, lease_s=3600.0, drain_s=0.01))
+    reads, never = asyncio.Event(), asyncio.Event()
+
+    class SlowStorage(BatchStorage):
+        async def stream(self, path: str) -> AsyncIterator[bytes]:
+            yield as_input([request_line(0)])
+            reads.set()
+            await never.wait()
+
+    fast = rig.storage
+    batch = await rig.submit([request_line(0)])
+    rig.use(SlowStorage(open_object_store(f"file://{tmp_path}/objects")))
+    async with rig.working():
+        await reads.wait()
+    rig.use(fast)
+    async with rig.working():
+        batch = await rig.ended(batch)
+    assert batch.counts == LineCounts(1, 1, 0)

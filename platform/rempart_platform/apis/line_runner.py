@@ -31,12 +31,13 @@ class OnlineLineRunner:
         self._services = services
         self._renew = renew
 
-    async def __call__(self, caller: Caller, endpoint: str, body: bytes) -> LineAnswer:
+    async def __call__(self, caller: Caller, endpoint: str, body: bytes, timeout_s: float) -> LineAnswer:
         arrival = Arrival(
             request_id=validation.mint_request_id(),
             caller=caller,
             created_s=int(self._services.clock()),
             seed=validation.mint_seed(),
+            timeout_s=timeout_s,
         )
         try:
             now = replace(arrival, caller=await self._renew(caller))

@@ -156,7 +156,8 @@ class ShardWork:
         num_failures = 0
         while True:
             async with room.in_flight():
-                answer = await self._runner(job.batch.caller, job.batch.endpoint, bytes(request.body))
+                timeout_s = max(job.batch.expires_s - self._clock(), 0.0)
+                answer = await self._runner(job.batch.caller, job.batch.endpoint, bytes(request.body), timeout_s)
             error = answer.error
             is_waited_out = error is not None and error.kind in _WAITED_OUT
             num_failures += not is_waited_out

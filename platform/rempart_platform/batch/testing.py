@@ -59,7 +59,7 @@ class ScriptedRunner:
     most_running: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def __call__(self, caller: Caller, endpoint: str, body: bytes) -> LineAnswer:
+    async def __call__(self, caller: Caller, endpoint: str, body: bytes, timeout_s: float) -> LineAnswer:
         prompt = json.loads(body)["prompt"]
         self.attempts[prompt] += 1
         self.num_running += 1

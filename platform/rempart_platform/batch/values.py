@@ -127,7 +127,7 @@ class LineAnswer:
 class LineRunner(Protocol):
     """Runs single lines as online requests are run, at the batch tier."""
 
-    async def __call__(self, caller: Caller, endpoint: str, body: bytes) -> LineAnswer:
+    async def __call__(self, caller: Caller, endpoint: str, body: bytes, timeout_s: float) -> LineAnswer:
         """Never raises for what a client could be told. Cancelling it ends the request."""
         ...
 

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
 _INPUT_GONE = InputError("input_file_missing", "The input file is no longer there.")
+_ANSWERS_GONE = InputError("answers_missing", "Answers of this batch are no longer in the storage.")
 _GIVEN_UP = InputError("dead_letter", "The input was given up after it had been read in vain several times.")
 
 
@@ -108,24 +109,27 @@ class BatchWorker:
         self._woken.set()
         for claim in self._claims:
             claim.interrupt(Interruption.DRAINING)
-        tasks = set(self._claims.values())
-        if not tasks:
+        claims = dict(self._claims)
+        if not claims:
             return
-        _, late = await asyncio.wait(tasks, timeout=self._config.drain_s)
-        for task in late:
-            task.cancel()
-        if late:
-            await asyncio.wait(late, timeout=self._config.drain_s)
+        _, late = await asyncio.wait(claims.values(), timeout=self._config.drain_s)
+        for claim, task in claims.items():
+            if task in late:
+                task.cancel()
+                await asyncio.wait({task})
+                await self._give_back(claim)
 
     async def _take_one(self) -> bool:
         claim = await self._queue.claim(self._lanes.full())
         if claim is None:
             return False
         job = await self._load(claim)
-        if job is not None:
-            self._claims[claim] = asyncio.create_task(self._do(claim, job))
-            await asyncio.sleep(0)  # it enters its lane, which counts for the next claim
-        return job is not None
+        if job is None:
+            await self._give_back(claim)
+            return False
+        self._claims[claim] = asyncio.create_task(self._do(claim, job))
+        await asyncio.sleep(0)  # it enters its lane, which counts for the next claim
+        return True
 
     async def _load(self, claim: Claim) -> Job | None:
         """None when there is no such job any more, or when closed."""
@@ -176,8 +180,9 @@ class BatchWorker:
                 await self._pause(error.retry_after_s or _RETRY_S)
             except LeftTaskError:
                 break
-        if claim.interruption is Interruption.LOST:
-            return "lost"
+        return "lost" if claim.interruption is Interruption.LOST else await self._give_back(claim)
+
+    async def _give_back(self, claim: Claim) -> str:
         try:
             return "released" if await self._queue.release(claim) else "lost"
         except RedisAwayError:
@@ -197,7 +202,7 @@ class BatchWorker:
                 return await finalize(claim, job, self._queue, self._storage, self._files, self._config)
             return await self._shards.run(claim, job, room)
         except MissingObjectError:
-            return await self._queue.fail(claim, [_INPUT_GONE])
+            return await self._queue.fail(claim, [_ANSWERS_GONE if claim.task == FINALIZE else _INPUT_GONE])
 
     async def _validate(self, claim: Claim, job: Job) -> bool:
         if claim.deliveries > self._config.max_deliveries:
