@@ -375,6 +375,7 @@ async def test_model_info_states_what_is_served(stub: Stub) -> None:
     info = await stub.GetModelInfo(engine_pb2.GetModelInfoRequest())
     assert (info.model_name, info.architecture, info.vocab_size) == ("fake", "fake", 1000)
     assert (info.max_model_len, info.block_size, info.num_blocks) == (2048, 64, 256)
+    assert info.max_num_rows == 64
     assert info.engine_version
 
 
