@@ -171,7 +171,7 @@ class Pod:
         """Gives its /tmp what Numba compiled on this machine before, as on a node where the engine ran already."""
         for index in (ROOT / "engine").rglob("__pycache__/*.nb[ic]"):
             source = index.parent.parent / f"{index.name.split('.')[0]}.py"
-            folder = self._volumes["tmp"] / "numba" / _CacheLocator.get_suitable_cache_subpath(str(source))
+            folder = self._volumes["tmp"] / "numba" / _CacheLocator.get_suitable_cache_subpath(str(source))  # type: ignore[no-untyped-call]  # Numba has no types
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(index, folder)
 
