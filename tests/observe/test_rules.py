@@ -1,5 +1,7 @@
 """Every rule is sound, and every alert fires when it should and is silent when it should."""
 
+from itertools import groupby
+
 import pytest
 import yaml
 from tests.observe.rule_files import RULE_TESTS, RULES, Rule, alerts, promtool, rules
@@ -41,7 +43,7 @@ def test_an_alert_says_what_whoever_is_woken_must_know(alert: Rule) -> None:
 
 
 def test_a_file_holds_one_alert_or_recordings_alone() -> None:
-    for file in sorted(RULES.glob("*.yaml")):
-        of_file = [rule for rule in rules() if rule.file == file]
-        assert len(of_file) == 1 or not any(rule.is_alert for rule in of_file)
-        assert file.name.startswith("recording-") != any(rule.is_alert for rule in of_file)
+    for file, of_file in groupby(rules(), lambda rule: rule.file):
+        are_alerts = [rule.is_alert for rule in of_file]
+        assert are_alerts == [True] or not any(are_alerts)
+        assert file.name.startswith("recording-") != are_alerts[0]

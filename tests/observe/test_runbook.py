@@ -24,6 +24,8 @@ _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`((?:rempart|kubectl|helm) [^`]+)`")
 _LINK = re.compile(r"\]\(([^)#]+)\)")
 _OF_OTHERS = {"up", "certmanager_certificate_expiration_timestamp_seconds"}
+_SOURCES = [*(ROOT / "platform").rglob("*.py"), *(ROOT / "engine").rglob("*.py")]
+_LOGGED = re.compile(r"""log(?:ger)?\.(?:info|warning|error|critical|exception)\(\s*f?"([^"]*)\"""")
 _PASSED_ON = {"engine", "router", "fetch", "verify"}
 """Commands of rempart that hand their options on to another program."""
 
@@ -93,6 +95,16 @@ def test_commands_exist(page: Path) -> None:
                 assert _help_of(program, _verb(words)), words
             case _:
                 pytest.fail(f"{page.name}: {program} is not on every operator's machine")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_lines_of_logs_that_are_looked_for_are_written(page: Path) -> None:
+    written = [message for file in _SOURCES for message in _LOGGED.findall(file.read_text())]
+    for line in blocks(page, "sh"):
+        for flags, pattern in re.findall(r" \| grep ((?:-\w )*)(\S.*)$", line):
+            (searched,) = shlex.split(pattern)
+            found = [each for each in written if re.search(searched, each, re.IGNORECASE if "i" in flags else 0)]
+            assert found or "v" in flags, line
 
 
 def _require_rempart(words: list[str]) -> None:
