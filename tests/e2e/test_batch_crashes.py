@@ -91,11 +91,15 @@ class RedisProcess:
 
     async def kill(self) -> None:
         """What it has written survives a SIGKILL in the kernel's memory, so the end of its file is cut off as well."""
-        (log,) = (self.folder / "data" / "appendonlydir").glob("*.incr.aof")
-        num_synced_bytes = log.stat().st_size
+        before = self.log_sizes()
         await asyncio.sleep(LOST_S)
         await self.end()
-        os.truncate(log, num_synced_bytes)
+        if before.keys() == self.log_sizes().keys():  # else it has just written its data anew
+            (log,) = before
+            os.truncate(log, before[log])
+
+    def log_sizes(self) -> dict[Path, int]:
+        return {log: log.stat().st_size for log in (self.folder / "data" / "appendonlydir").glob("*.incr.aof")}
 
     async def end(self) -> None:
         if self.pid:
