@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
-from tests.chart.rendering import CHART, EVERYTHING, MODELS, SCALEWAY, Case, Manifest, find, pods, render
+from tests.chart.rendering import CHART, EVERYTHING, MODELS, ROOT, SCALEWAY, Case, Manifest, find, pods, render
 
 from rempart_engine import fetch
 from rempart_engine.config import EngineConfig
@@ -139,6 +140,13 @@ def test_the_public_grpc_services_exist_and_admin_is_not_among_them() -> None:
     public = {match["method"]["service"] for match in rule["matches"]}
     assert inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name in public
     assert admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name not in public
+
+
+def test_every_public_path_has_a_route_and_health_is_for_the_cluster() -> None:
+    (rule,) = find(render(EVERY), "HTTPRoute")["spec"]["rules"]
+    public = tuple(match["path"]["value"] for match in rule["matches"])
+    routes = re.findall(r'Route\("(/[^"{]*)', (ROOT / "platform/rempart_platform/apis/openai.py").read_text())
+    assert {path for path in routes if not path.startswith(public)} == {"/health", "/readyz", "/livez"}
 
 
 def test_probes_ask_for_services_that_exist(renderings: Renderings) -> None:

@@ -282,7 +282,7 @@ def test_the_built_in_redis_hears_routers_only_and_reaches_nothing() -> None:
 
 
 def test_every_config_map_secret_and_claim_that_is_mounted_is_there_or_named_by_a_value(renderings: Renderings) -> None:
-    by_value = {"llm-secrets", "models", "rempart-object-storage", "rempart-redis"}
+    by_value = {"audit-key", "llm-secrets", "models", "rempart-object-storage", "rempart-redis"}
     for case, manifests in renderings.items():
         made = {each["metadata"]["name"] for each in manifests} | by_value
         for name, pod in pods(manifests):
