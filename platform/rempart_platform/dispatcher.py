@@ -83,6 +83,9 @@ class DispatchConfig:
     """Endpoints that one request may be handed to."""
     default_timeout_s: float = 600.0
     """For requests without a deadline of their own."""
+    gather_s: float = 0.05
+    """Between two times that tokens are taken of an answer that is handed out whole. An end is never waited for, nor a
+    stop string, behind which the engine would compute in vain."""
     retry_after_s: float = 2.0
     """The wait that is advised while no endpoint is ready."""
 
@@ -225,6 +228,8 @@ class Dispatcher:
                     attempt.generate(self._engine_request(trace, asked.cache_salt)) as stream,
                 ):
                     trace.dispatched(attempt.address, self._clock(), attempt.expected_cached_tokens)
+                    if request.is_whole and not request.stop:
+                        stream.gather(self._config.gather_s)
                     async for token_events in stream:
                         if trace.first_event_s is None:
                             attempt.began()

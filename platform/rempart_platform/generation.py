@@ -80,6 +80,8 @@ class GenerationRequest:
     """The class that it is served in, which the caller may use."""
     max_tool_calls: int | None = None
     """A choice ends before it makes more calls than these."""
+    is_whole: bool = False
+    """Its answer is handed out when it is complete, so that nobody reads a token sooner."""
 
     @property
     def num_choices(self) -> int:

@@ -156,3 +156,45 @@ async def test_a_failure_from_outside_comes_after_what_was_in_order() -> None:
     with pytest.raises(RempartError, match="lost"):
         await anext(stream.stream)
     assert stream.ends == [False]
+
+
+async def test_tokens_that_nobody_reads_yet_are_gathered_until_the_end() -> None:
+    stream = Stream()
+    stream.stream.gather(3600.0)
+    stream.push(0, 10)
+    assert await stream.read() == [10]
+    reading = asyncio.create_task(stream.read())
+    await asyncio.sleep(0)
+    stream.push(1, 11)
+    stream.push(2, 12)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not reading.done()
+    stream.push(3, 13, finish=STOP)
+    assert await reading == [11, 12, 13]
+
+
+async def test_no_more_is_gathered_than_half_of_what_may_be_buffered() -> None:
+    stream = Stream(max_buffered_tokens=8)
+    stream.stream.gather(3600.0)
+    stream.push(0, 10)
+    assert await stream.read() == [10]
+    reading = asyncio.create_task(stream.read())
+    await asyncio.sleep(0)
+    for index in range(1, 6):
+        stream.push(index, 10 + index)
+    assert await reading == [11, 12, 13, 14, 15]
+
+
+async def test_a_failure_does_not_wait_for_what_is_gathered() -> None:
+    stream = Stream()
+    stream.stream.gather(3600.0)
+    stream.push(0, 10)
+    assert await stream.read() == [10]
+    reading = asyncio.create_task(stream.read())
+    await asyncio.sleep(0)
+    stream.push(1, 11)
+    stream.stream.fail(RempartError(ErrorKind.UNAVAILABLE, "lost"), still_runs=False)
+    assert await reading == [11]
+    with pytest.raises(RempartError):
+        await anext(stream.stream)

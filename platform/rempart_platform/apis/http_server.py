@@ -30,6 +30,7 @@ class HttpServer(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # nothing here asks for the client's address
             timeout_keep_alive=limits.idle_timeout_s,
             timeout_graceful_shutdown=drain_timeout_s,
         )

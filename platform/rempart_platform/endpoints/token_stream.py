@@ -69,6 +69,17 @@ class TokenStream:
         self._num_buffered_tokens = 0
         self._error: RempartError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._clock = asyncio.get_running_loop().time
+        self._gather_s = 0.0
+        self._gathers_until = 0.0
+
+    def gather(self, gather_s: float) -> None:
+        """From the second time on, wakes the consumer no sooner than this after the last, unless something ends.
+
+        Tokens wake it, and not the time, so what an engine sent before it stalls is taken when it goes on or ends. No
+        more is gathered than half of what may be buffered.
+        """
+        self._gather_s = gather_s
 
     def push(self, event: engine_pb2.TokenEvent) -> None:
         """Takes the next event from the engine. Never waits."""
@@ -91,7 +102,8 @@ class TokenStream:
             self._next_index[choice] = event.index + num_tokens
         if self._num_buffered_tokens > self._max_buffered_tokens:
             self._drop_slow_consumer()
-        self._wake()
+        if finish_reason or not self._is_gathering():
+            self._wake()
 
     def fail(self, error: RempartError, *, still_runs: bool) -> None:
         """Ends the stream with an error, behind the events that are already in the buffer."""
@@ -128,7 +140,13 @@ class TokenStream:
             await waiter
         events, self._events = self._events, []
         self._num_buffered_tokens = 0
+        if self._gather_s:
+            self._gathers_until = self._clock() + self._gather_s
         return events
+
+    def _is_gathering(self) -> bool:
+        is_half_full = 2 * self._num_buffered_tokens > self._max_buffered_tokens
+        return not is_half_full and self._clock() < self._gathers_until
 
     def _is_in_order(self, choice: int, index: int, num_tokens: int) -> bool:
         if choice >= len(self._next_index):
