@@ -5,7 +5,18 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
-from tests.chart.rendering import EVERYTHING, INGRESS, SCALEWAY, Case, Manifest, find, pods, render, servers
+from tests.chart.rendering import (
+    EVERYTHING,
+    IMAGE_VOLUME,
+    INGRESS,
+    SCALEWAY,
+    Case,
+    Manifest,
+    find,
+    pods,
+    render,
+    servers,
+)
 
 Renderings = Mapping[Case, tuple[Manifest, ...]]
 MARGIN_S = 5
@@ -85,12 +96,17 @@ def test_root_file_systems_are_read_only_but_where_a_value_says_otherwise(render
     assert all("everything" in name and name.endswith(" engine") for name in writable)
 
 
-def test_only_a_node_cache_mounts_a_folder_of_the_node(renderings: Renderings) -> None:
-    for name, pod in all_pods(renderings):
-        kinds = {kind for volume in pod["spec"].get("volumes", []) for kind in volume if kind != "name"}
-        # What pod security "restricted" lets in; image volumes belong to it since they exist.
-        assert kinds <= {"emptyDir", "configMap", "secret", "persistentVolumeClaim", "image", "hostPath"}, name
-        assert ("hostPath" in kinds) <= ("everything" in name), name
+def test_volumes_are_of_restricted_kinds_but_where_a_value_says_otherwise(renderings: Renderings) -> None:
+    for case, manifests in renderings.items():
+        chosen = {EVERYTHING: {"hostPath"}, IMAGE_VOLUME: {"image"}}.get(case.values[0], set())
+        kinds = {
+            kind
+            for _, pod in pods(manifests)
+            for volume in pod["spec"].get("volumes", [])
+            for kind in volume
+            if kind != "name"
+        }
+        assert kinds - {"emptyDir", "configMap", "secret", "persistentVolumeClaim"} == chosen, str(case)
 
 
 def test_scratch_volumes_are_bounded(renderings: Renderings) -> None:
