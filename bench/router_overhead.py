@@ -54,6 +54,8 @@ LOADS = (
     Load("gRPC, short streams", FAST, True, True, 32, 8),
     Load("HTTP streams, flat out", FAST, False, True, 32, 128),
     Load("gRPC streams, flat out", FAST, True, True, 32, 128),
+    Load("HTTP streams, flat out", FAST, False, True, 256, 256),
+    Load("gRPC streams, flat out", FAST, True, True, 256, 256),
     Load("HTTP streams, 50 tokens/s each", PACED, False, True, 32, 64),
     Load("gRPC streams, 50 tokens/s each", PACED, True, True, 32, 64),
 )

@@ -121,7 +121,8 @@ async def running_router(
             "REMPART_CACHE_SECRET": secrets.token_hex(16),
             "REMPART_REDIS_URL": redis.url,
         }
-        router = module_process(_router_args(tokenizer, addresses), environ, cores=cores)
+        audit = stack.enter_context(tempfile.TemporaryDirectory(prefix="rempart-audit-", ignore_cleanup_errors=True))
+        router = module_process(_router_args(tokenizer, addresses, Path(audit)), environ, cores=cores)
         line, router_pid = await stack.enter_async_context(router)
         yield Rig(
             http_port=int(line["http"].rpartition(":")[2]),
@@ -152,9 +153,10 @@ def _engine_args(model: FakeModel, vocab_size: int) -> list[str]:
     return [*args, "--model-name", model.name, "--vocab-size", str(vocab_size)]
 
 
-def _router_args(tokenizer: Path, addresses: Mapping[str, str]) -> list[str]:
+def _router_args(tokenizer: Path, addresses: Mapping[str, str], audit: Path) -> list[str]:
     args = ["rempart_platform", "--engines", ",".join(addresses.values())]
     args += [part for name in addresses for part in ("--model", f"{name}={tokenizer}")]
+    args += ["--audit-store", audit.as_uri()]
     return [*args, "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
 
 

@@ -9,7 +9,7 @@
        └─────HTTP─────────────────────────────┘
 
 Every answer is checked, token by token, before a figure is printed; one wrong answer, and none is. Ours does all its
-work: keys, quotas, fair queue, settling to the token, metrics, logs. LiteLLM checks its master key. vllm-router has
+work: keys, quotas, fair queue, settling to the token, audit log, metrics, logs. LiteLLM checks its master key. vllm-router has
 neither keys nor limits.
 """
 

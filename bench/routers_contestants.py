@@ -58,7 +58,7 @@ class Contestant:
 
 @asynccontextmanager
 async def rempart(tokenizer: Path, engine_address: str, cores: Collection[int]) -> AsyncIterator[Contestant]:
-    """Ours: keys, quotas, fair queue, settling, metrics and logs, all switched on."""
+    """Ours: keys, quotas, fair queue, settling, audit log, metrics and logs, all switched on."""
     async with running_router(tokenizer, {MODEL: engine_address}, cores=cores) as rig:
         (pid,) = rig.pids["router"]
         yield Contestant("Rempart", rig.http_port, rig.key, pid)
