@@ -215,6 +215,20 @@ async def test_work_is_found_however_many_tenants_have_none(rig: BatchRig) -> No
     assert await queue.claim(("acme another-model",)) is not None
 
 
+async def test_a_router_takes_no_more_shards_than_it_may_hold(redis: RedisClient, tmp_path: Path) -> None:
+    rig = BatchRig(redis, tmp_path, replace(CONFIG, lines_per_shard=1, max_shards=2))
+    rig.runner.held |= {"0"}
+    tenants = ("acme", "globex", "initech")
+    async with rig.working():
+        batches = [await rig.submit([request_line(0)], caller=Caller(name, CALLER.key_id)) for name in tenants]
+        await rig.runner.wait_until(2)
+        assert rig.metric("tasks_held") == 2
+        rig.runner.released.set()
+        for batch in batches:
+            assert (await rig.ended(batch)).counts == LineCounts(1, 1, 0)
+    assert rig.runner.most_running == 2
+
+
 async def test_the_models_of_a_tenant_share_its_places_and_not_each_others_waits() -> None:
     metrics, room = BatchMetrics(CollectorRegistry()), asyncio.Event()
     lanes = Lanes(CONFIG, metrics, room.set)

@@ -10,6 +10,7 @@ _COUNTS = (
     "max_shard_bytes",
     "max_lines_in_flight",
     "max_lines_in_flight_per_tenant",
+    "max_shards",
     "max_shards_per_tenant",
     "max_deliveries",
     "max_line_attempts",
@@ -25,12 +26,14 @@ class BatchConfig:
     batch jobs."""
     lines_per_shard: int = 64
     """What a worker takes at a time."""
-    max_shard_bytes: int = 4 * 1024 * 1024
+    max_shard_bytes: int = 1024 * 1024
     """Of input; a shard has fewer lines rather than more bytes."""
     max_lines_in_flight: int = 32
     """Of this router."""
     max_lines_in_flight_per_tenant: int = 16
     """Of this router; of one model also those that wait for a quota or an engine, which do not count above."""
+    max_shards: int = 256
+    """That this router works on at a time, those among them whose lines all wait: it holds their input in memory."""
     max_shards_per_tenant: int = 4
     """That this router works on at a time, of one model."""
     lease_s: float = 15.0

@@ -98,6 +98,11 @@ class Lanes:
         self._running_of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._lanes: dict[str, _Lane] = {}
 
+    @property
+    def has_room(self) -> bool:
+        """Whether any further task is to be taken."""
+        return sum(lane.num_tasks for lane in self._lanes.values()) < self._config.max_shards
+
     def full(self) -> list[str]:
         """Of which no further task is to be taken: what is there already keeps all its places busy."""
         most = self._config.max_shards_per_tenant

@@ -30,7 +30,8 @@ from rempart_platform.tenancy.redis_client import RedisAwayError
 _MAX_PLANS = 64
 _FIRST_RETRY = 2
 _RETRY_S = 1.0
-_JITTER = 0.5  # of a wait, so that lines that were refused together do not come back together
+_MAX_WAIT_S = 60.0  # limits may be raised meanwhile
+_JITTER, _MAX_JITTER_S = 0.5, 5.0  # of a wait, so that lines that were refused together do not come back together
 _WAITED_OUT = (ErrorKind.UNAVAILABLE, ErrorKind.RATE_LIMIT_EXCEEDED)
 
 _decoder = msgspec.json.Decoder(RequestLine)
@@ -168,8 +169,8 @@ class ShardWork:
             await asyncio.sleep(self._wait_s(error))
 
     def _wait_s(self, error: RempartError) -> float:
-        wait_s = error.retry_after_s if error.retry_after_s is not None else _RETRY_S
-        return wait_s * (1.0 + self._jitter.uniform(0.0, _JITTER))
+        wait_s = min(error.retry_after_s if error.retry_after_s is not None else _RETRY_S, _MAX_WAIT_S)
+        return wait_s + self._jitter.uniform(0.0, min(_JITTER * wait_s, _MAX_JITTER_S))
 
     async def keep(self, claim: Claim, number: int, result: ResultLine) -> bool:
         """Keeps the answer of a line, however long Redis is away. False when the worker must leave the shard."""

@@ -120,7 +120,7 @@ class BatchWorker:
                 await self._give_back(claim)
 
     async def _take_one(self) -> bool:
-        claim = await self._queue.claim(self._lanes.full())
+        claim = await self._queue.claim(self._lanes.full()) if self._lanes.has_room else None
         if claim is None:
             return False
         job = await self._load(claim)
