@@ -169,6 +169,8 @@ INVALID: dict[str, Callable[[Issuer], str]] = {
     "of nobody": _with(sub=None),
     "of an empty subject": _with(sub=""),
     "of a subject that is a number": _with(sub=7),
+    "of a subject that is no text": _with(sub="\ud800"),
+    "of a subject that a terminal obeys": _with(sub="ada\x1b[2J\n"),
     "without a tenant": _with(tenant=None),
     "of a tenant that is not there": _with(tenant="nobody"),
     "of a tenant that is no name": _with(tenant=["acme"]),
@@ -388,6 +390,21 @@ async def test_keys_are_fetched_over_http_alone(issuer: Issuer, url: str | None)
     assert issuer.asked == [DISCOVERY]
 
 
+ODD_KEYS: dict[str, dict[str, object]] = {
+    "unsigned": {"kty": "RSA", "alg": "none", "kid": "odd"},
+    "of a kid that is a list": to_jwk(RSA, kid=["odd"]),
+    "of an algorithm that is a list": to_jwk(RSA, alg=["RS256"]),
+    "of a curve that is a list": {"kty": "OKP", "crv": ["Ed25519"], "x": "AA"},
+    "of numbers that are none": {"kty": "RSA", "n": "!", "e": "AQAB"},
+}
+
+
+@pytest.mark.parametrize("odd", ODD_KEYS.values(), ids=ODD_KEYS)
+async def test_an_odd_key_does_not_keep_the_others_away(issuer: Issuer, odd: dict[str, object]) -> None:
+    issuer.answers["/keys"] = _document(keys=[odd, to_jwk(RSA, kid="rsa")])
+    assert list(await fetch_keys(config_of(issuer))) == ["rsa"]
+
+
 async def test_redirects_are_not_followed(issuer: Issuer) -> None:
     issuer.redirects["/keys"] = f"{issuer.url}/elsewhere"
     with pytest.raises(IssuerError, match="302"):
@@ -468,6 +485,7 @@ WRONG = [
     ({"algorithms": ""}, "--oidc-algorithms"),
     ({"tenant_claim": ""}, "--oidc-tenant-claim"),
     ({"min_refresh_s": 0.0}, "--oidc-min-refresh-s"),
+    ({"max_key_age_s": 599.0}, "--oidc-max-key-age-s"),
 ]
 
 

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import jwt
 import msgspec
+from cryptography.exceptions import UnsupportedAlgorithm
 
 from rempart_platform.oidc.values import OidcConfig
 
@@ -69,14 +70,18 @@ def _key(described: object) -> jwt.PyJWK | None:
     """None for what is no public key of a signature that we know; an issuer may have others."""
     if not isinstance(described, dict) or described.get("use", "sig") != "sig" or described.get("kty") == "oct":
         return None
+    if not isinstance(described.get("kid", ""), str):
+        return None
     public = {name: value for name, value in described.items() if name in _PUBLIC_PARTS}
     try:
         return jwt.PyJWK(public)
-    except (jwt.PyJWTError, ValueError, TypeError):
+    except _NO_KEY:
         return None
 
 
 _PUBLIC_PARTS = frozenset({"kty", "use", "kid", "alg", "n", "e", "crv", "x", "y"})
+# Also of the algorithm "none", and of curves that this machine's OpenSSL does not have.
+_NO_KEY = (jwt.PyJWTError, ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

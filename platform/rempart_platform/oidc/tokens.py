@@ -97,7 +97,8 @@ class TokenVerifier:
             )
         except _NOT_VALID:
             raise invalid_key() from None
-        if not claims["sub"]:
+        # It names somebody in logs; what cannot be printed may be no text at all.
+        if not claims["sub"] or not claims["sub"].isprintable():
             raise invalid_key()
         return claims
 

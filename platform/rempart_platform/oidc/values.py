@@ -57,6 +57,8 @@ class OidcConfig:
         for name in ("refresh_s", "min_refresh_s", "fetch_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{_flag(name)} must be above 0")
+        if self.max_key_age_s < self.refresh_s:
+            raise ValueError("--oidc-max-key-age-s must not be below --oidc-refresh-s, or tokens are refused between")
 
     @property
     def allowed(self) -> tuple[str, ...]:
