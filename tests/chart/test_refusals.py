@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import yaml
 from tests.chart.rendering import CHART, EVERYTHING, IMAGE_VOLUME, INGRESS, SCALEWAY, Case, find, refusal, render
 
 BASE = Case((SCALEWAY, INGRESS))
@@ -151,6 +152,22 @@ def test_every_level_of_the_schema_is_closed_and_nothing_lies_elsewhere() -> Non
         elif part.get("type") == "object" and at != "/properties/global":
             assert part.get("additionalProperties") is not None, at
             assert part["additionalProperties"] is not True, at
+
+
+def test_the_schema_knows_the_values_that_there_are_and_no_others() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    for at, part, given in beside(schema, values, schema["$defs"]):
+        assert part.get("properties", {}).keys() - {"global"} == given.keys(), at
+
+
+def beside(part: Any, given: Any, definitions: Any, at: str = "values") -> Iterator[tuple[str, Any, Any]]:
+    """Each object of fixed names in the schema, and the defaults at the same place."""
+    part = definitions[part["$ref"].rpartition("/")[2]] if "$ref" in part else part
+    if "properties" in part and given:  # an empty default stands for any
+        yield at, part, given
+        for name in given.keys() & part["properties"].keys():
+            yield from beside(part["properties"][name], given[name], definitions, f"{at}.{name}")
 
 
 def objects_of(schema: Any, at: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

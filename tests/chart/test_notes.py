@@ -1,0 +1,51 @@
+"""The three commands after an installation exist and name what was installed."""
+
+import re
+import shlex
+
+from tests.chart.rendering import CHART, EVERYTHING, INGRESS, MODELS, PROVIDERS, SCALEWAY, Case, find, helm, render
+from typer.testing import CliRunner
+
+from rempart_platform.cli import app
+
+ON_A_CPU = Case((SCALEWAY, next(path for path in MODELS if path.stem == "smollm2-cpu")))
+
+IN_KIND = Case((next(path for path in PROVIDERS if path.stem == "kind"), ON_A_CPU.values[1]))
+
+
+def notes(case: Case) -> str:
+    values = [f"--values={path}" for path in case.values]
+    done = helm("install", "rempart", str(CHART), "--namespace=llm", "--dry-run=client", "--hide-secret", *values)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.partition("\nNOTES:\n")[2]
+
+
+def test_there_are_three_and_they_name_what_is_there() -> None:
+    text = notes(ON_A_CPU)
+    assert re.findall(r"^(\d)\. ", text, re.MULTILINE) == ["1", "2", "3"]
+    named = set(re.findall(r"(deployment|service|secret)[ /](rempart\S*)", text))
+    assert {kind for kind, _ in named} == {"deployment", "service", "secret"}
+    for kind, name in named:
+        assert find(render(ON_A_CPU), kind.capitalize(), name)
+    assert '"model": "SmolLM2-135M-Instruct"' in text
+
+
+def test_the_commands_inside_the_router_are_ours() -> None:
+    (inside,) = re.findall(r"sh -c '([^']*)'", notes(ON_A_CPU))
+    for command in inside.split(" && "):
+        program, *args = shlex.split(command)
+        assert program == "rempart"
+        shown = CliRunner().invoke(app, [*args[:-1], "--help"])
+        assert shown.exit_code == 0, shown.output
+
+
+def test_public_names_and_what_is_open_are_told() -> None:
+    assert "https://api.example.org/v1/completions" in notes(Case((SCALEWAY, INGRESS)))
+    assert "networkPolicy.redis" not in notes(Case((SCALEWAY, INGRESS)))
+    assert "narrow them when you know yours: networkPolicy.objectStorage." in notes(Case((SCALEWAY, INGRESS)))
+    assert "narrow them" not in notes(Case((EVERYTHING,)))
+
+
+def test_the_built_in_redis_is_said_to_be_for_trials() -> None:
+    assert "for trials" in notes(IN_KIND)
+    assert "for trials" not in notes(ON_A_CPU)
