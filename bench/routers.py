@@ -9,8 +9,8 @@
        └─────HTTP─────────────────────────────┘
 
 Every answer is checked, token by token, before a figure is printed; one wrong answer, and none is. Ours does all its
-work: keys, quotas, fair queue, settling to the token, audit log, metrics, logs. LiteLLM checks its master key. vllm-router has
-neither keys nor limits.
+work: keys, quotas, fair queue, settling to the token, audit log, metrics, logs. LiteLLM checks its master key.
+vllm-router has neither keys nor limits.
 """
 
 import argparse

@@ -29,4 +29,7 @@ def set_up_logging(level: str, stream: TextIO) -> None:
     """Sends everything at `level` or above to the stream."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
+    # What no line shows need not be found out for each: which line of code, thread and process wrote it.
+    logging._srcfile = None  # as Python's own guide to logging says
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

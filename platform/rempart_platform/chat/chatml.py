@@ -19,11 +19,11 @@ class ChatML:
 
     def __init__(self, tokenizer: Tokenizer, default_system: str | None) -> None:
         self._tokenizer = tokenizer
-        self._default_system = default_system
         self._start = tokenizer.special_token_id("<|im_start|>")
         self._end = tokenizer.special_token_id("<|im_end|>")
         self._line_break = tokenizer.encode("\n")
         self._answer = [self._start, *tokenizer.encode("assistant\n")]
+        self._opening = [] if default_system is None else self._render_turn(Message("system", default_system))
 
     @classmethod
     def for_model(cls, model: TextModel) -> "ChatML":
@@ -38,10 +38,10 @@ class ChatML:
             RempartError: INVALID_REQUEST for tools, thinking or a response schema, which ChatML has no words for.
         """
         _refuse_unknown(conversation)
-        turns = list(conversation.messages)
-        if self._default_system is not None and (not turns or turns[0].role != "system"):
-            turns.insert(0, Message("system", self._default_system))
-        token_ids = [token_id for turn in turns for token_id in self._render_turn(turn)]
+        turns = conversation.messages
+        token_ids = [] if turns and turns[0].role == "system" else [*self._opening]
+        for turn in turns:
+            token_ids += self._render_turn(turn)
         return token_ids + self._answer
 
     def output_parser(self, conversation: Conversation) -> OutputParser | None:

@@ -95,6 +95,10 @@ class EngineSession:
 
     @property
     def state(self) -> EndpointState:
+        return self.state_as()
+
+    def state_as(self, *, is_left_out: bool = False, is_leaving: bool = False) -> EndpointState:
+        """The state, with what only others know of this endpoint."""
         return EndpointState(
             address=self.address,
             model=self._model,
@@ -103,6 +107,8 @@ class EngineSession:
             num_in_flight=self._num_in_flight,
             num_in_flight_tokens=self._num_in_flight_tokens,
             full_rows=self._full_rows,
+            is_left_out=is_left_out,
+            is_leaving=is_leaving,
         )
 
     @contextmanager
