@@ -73,8 +73,11 @@ def windows(engines: SimulatedEngines, length_s: float, step_s: float) -> Sequen
     return [engines.tokens_by_tenant(start, start + length_s) for start in starts]
 
 
-async def test_weights_of_4_to_1_hold_when_the_heavy_tenant_knows_one_router_only(redis: RedisClient) -> None:
-    first, second = queues = queues_of(redis, 2)
+@pytest.mark.parametrize("reserved_rows", [0, 1])
+async def test_weights_of_4_to_1_hold_when_the_heavy_tenant_knows_one_router_only(
+    redis: RedisClient, reserved_rows: int
+) -> None:
+    first, second = queues = queues_of(redis, 2, capacity=Capacity(ROWS, 10**9, reserved_rows))
     engines = SimulatedEngines(queues, MODEL, TOKENS_PER_S)
     load = Load(engines, seed=1)
     for number in range(600):
@@ -89,8 +92,11 @@ async def test_weights_of_4_to_1_hold_when_the_heavy_tenant_knows_one_router_onl
     assert served["heavy"] / served["light"] == pytest.approx(4.0, rel=0.03)
 
 
-async def test_eight_equal_tenants_get_equal_tokens_in_any_minute_whatever_they_send(redis: RedisClient) -> None:
-    queues = queues_of(redis, 2)
+@pytest.mark.parametrize("reserved_rows", [0, 1])
+async def test_eight_equal_tenants_get_equal_tokens_in_any_minute_whatever_they_send(
+    redis: RedisClient, reserved_rows: int
+) -> None:
+    queues = queues_of(redis, 2, capacity=Capacity(ROWS, 10**9, reserved_rows))
     engines = SimulatedEngines(queues, MODEL, TOKENS_PER_S)
     load = Load(engines, seed=2)
     # From many short requests to few long ones; some say what they need, others ten times as much.
