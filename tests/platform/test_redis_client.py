@@ -27,6 +27,40 @@ async def test_script_runs_on_a_server_that_has_never_seen_it_and_again_after_it
         assert await redis.run_script(_echo(), (), ("two",)) == ["two"]
 
 
+def _fail() -> Script:
+    text = "return redis.error_reply('ODD no such thing')"
+    return Script("fail", text, hashlib.sha1(text.encode()).hexdigest())
+
+
+async def test_scripts_that_share_a_round_trip_have_answers_and_errors_of_their_own() -> None:
+    async with own_redis() as redis:
+        asked = (redis.run_script(each, (), (str(i),)) for i, each in enumerate((_echo(), _fail(), _echo(), _fail())))
+        first, failed, last, failed_too = await asyncio.gather(*asked, return_exceptions=True)
+        assert (first, last) == (["0"], ["2"])
+        assert "no such thing" in str(failed)
+        assert "no such thing" in str(failed_too)
+        assert redis.is_available
+
+
+async def test_one_caller_that_leaves_takes_no_answer_from_the_others() -> None:
+    async with own_redis() as redis:
+        asking = [asyncio.create_task(redis.run_script(_echo(), (), (str(i),))) for i in range(3)]
+        await asyncio.sleep(0)
+        asking[1].cancel()
+        first, left, last = await asyncio.gather(*asking, return_exceptions=True)
+        assert (first, last) == (["0"], ["2"])
+        assert isinstance(left, asyncio.CancelledError)
+
+
+async def test_scripts_behind_an_open_breaker_are_refused_each_time(tmp_path: Path) -> None:
+    async with connect_redis(RedisConfig(f"unix://{tmp_path}/none.sock", failures_to_open=1)) as redis:
+        for _ in range(3):
+            asked = (redis.run_script(_echo(), (), ("one",)) for _ in range(2))
+            refused = await asyncio.gather(*asked, return_exceptions=True)
+            assert all(isinstance(error, RedisAwayError) for error in refused)
+            assert refused[0] is not refused[1]
+
+
 async def test_hash_is_written_by_field_and_read_whole() -> None:
     async with own_redis() as redis:
         await redis.write_hash("key", {"a": 1, "b": "x"})

@@ -21,6 +21,7 @@ from rempart_platform.tenancy.lua import Script
 
 T = TypeVar("T")
 ScriptReply: TypeAlias = "list[str | int | None]"
+_Outcome: TypeAlias = "ScriptReply | Exception"
 
 # What says "not now" about the server. Any other error of redis-py is a mistake of ours and must be seen as such.
 _AWAY = (
@@ -44,6 +45,8 @@ class RedisConfig:
     timeout_s: float = 0.25
     """For a connection and for an answer, each."""
     max_connections: int = 32
+    max_batch: int = 32
+    """Most scripts that share a round trip."""
     failures_to_open: int = 3
     open_s: float = 1.0
 
@@ -60,9 +63,26 @@ class RedisAwayError(RempartError):
         self.may_have_run = may_have_run
         """False: the operation was not sent, because the breaker was open."""
 
+    def again(self) -> "RedisAwayError":
+        """The same for another caller."""
+        return RedisAwayError(self.retry_after_s or 0.0, may_have_run=self.may_have_run)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Asked:
+    """A script that is to be run, and who waits for its reply."""
+
+    script: Script
+    keys: Sequence[str]
+    args: Sequence[str | int]
+    reply: "asyncio.Future[ScriptReply]"
+
 
 class RedisClient:
     """Runs operations and scripts; made by `connect_redis`.
+
+    Scripts that are asked for while a round trip waits for the next pass of the event loop, or for a connection, share
+    it. Each is still run as a whole and by itself.
 
     Raises:
         RedisAwayError: Redis does not answer.
@@ -76,6 +96,9 @@ class RedisClient:
         """For an answer; an operation that blocks must end before."""
         # A burst waits here and not in the pool: when Redis hangs, those who wait then meet the open breaker.
         self._places = asyncio.Semaphore(config.max_connections)
+        self._max_batch = config.max_batch
+        self._batch: list[_Asked] | None = None  # what the next round trip takes along
+        self._sending: set[asyncio.Task[None]] = set()
 
     @property
     def is_available(self) -> bool:
@@ -108,17 +131,76 @@ class RedisClient:
 
     async def run_script(self, script: Script, keys: Sequence[str], args: Sequence[str | int]) -> ScriptReply:
         """Runs a script that answers with a list."""
+        if not isinstance(self._redis, Redis):  # a cluster: each script may be another server's
+            return await self.call(lambda redis: _run_script(redis, script, keys, args))
+        asked = _Asked(script, keys, args, asyncio.get_running_loop().create_future())
+        if self._batch is None or len(self._batch) >= self._max_batch:
+            self._batch = []
+            sending = asyncio.create_task(self._send(self._batch))
+            self._sending.add(sending)
+            sending.add_done_callback(self._sending.discard)
+        self._batch.append(asked)
+        return await asked.reply
 
-        async def run(redis: Redis) -> ScriptReply:
+    async def _send(self, batch: list[_Asked]) -> None:
+        """Answers all of a batch, whatever happens."""
+        try:
+            replies = await self.call(lambda redis: self._run_batch(redis, batch))
+        except RedisAwayError as error:
+            replies = [error.again() for _ in batch]
+        except Exception as error:
+            replies = [error for _ in batch]
+        except BaseException:
+            for asked in batch:
+                asked.reply.cancel()
+            raise
+        finally:
+            self._close(batch)
+        for asked, reply in zip(batch, replies, strict=True):
+            if asked.reply.done():  # whoever asked has gone
+                continue
+            if isinstance(reply, _AWAY):
+                asked.reply.set_exception(RedisAwayError(self._retry_after_s, may_have_run=True))
+            elif isinstance(reply, Exception):
+                asked.reply.set_exception(reply)
+            else:
+                asked.reply.set_result(reply)
+
+    async def _run_batch(self, redis: Redis, batch: list[_Asked]) -> list[_Outcome]:
+        self._close(batch)
+        return await _run_scripts(redis, batch)
+
+    def _close(self, batch: list[_Asked]) -> None:
+        """Nothing more joins it."""
+        if self._batch is batch:
+            self._batch = None
+
+
+async def _run_script(redis: Redis, script: Script, keys: Sequence[str], args: Sequence[str | int]) -> ScriptReply:
+    try:
+        reply = await redis.evalsha(script.sha1, len(keys), *keys, *args)
+    except exceptions.NoScriptError:
+        # A new server, or one that was restarted. EVAL also teaches it the script.
+        reply = await redis.eval(script.text, len(keys), *keys, *args)
+    assert isinstance(reply, list), f"script {script.name} must answer with a list"
+    return reply
+
+
+async def _run_scripts(redis: Redis, batch: Sequence[_Asked]) -> list[_Outcome]:
+    """In one round trip. Raises what says that the server is away, when it says so to all."""
+    pipeline = redis.pipeline(transaction=False)
+    for asked in batch:
+        pipeline.execute_command("EVALSHA", asked.script.sha1, len(asked.keys), *asked.keys, *asked.args)
+    replies: list[_Outcome] = await pipeline.execute(raise_on_error=False)
+    for position, (asked, reply) in enumerate(zip(batch, replies, strict=True)):
+        if isinstance(reply, exceptions.NoScriptError):
             try:
-                reply = await redis.evalsha(script.sha1, len(keys), *keys, *args)
-            except exceptions.NoScriptError:
-                # A new server, or one that was restarted. EVAL also teaches it the script.
-                reply = await redis.eval(script.text, len(keys), *keys, *args)
-            assert isinstance(reply, list), f"script {script.name} must answer with a list"
-            return reply
-
-        return await self.call(run)
+                replies[position] = await _run_script(redis, asked.script, asked.keys, asked.args)
+            except exceptions.ResponseError as error:
+                replies[position] = error
+    if all(isinstance(reply, _AWAY) for reply in replies) and isinstance(replies[0], Exception):
+        raise replies[0]
+    return replies
 
 
 @asynccontextmanager
