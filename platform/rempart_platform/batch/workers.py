@@ -65,6 +65,8 @@ class BatchWorker:
         self._files = StoredFiles(redis, storage, config, clock)
         self._is_model = is_model
         self._config = config
+        self.drain_s = config.drain_s
+        """How long each step of stopping may take."""
         self._metrics = metrics
         self._queue = WorkQueue(redis, config, secrets.token_hex(8), clock)
         self._shards = ShardWork(self._queue, storage, runner, config, metrics, clock)
@@ -112,7 +114,7 @@ class BatchWorker:
         claims = dict(self._claims)
         if not claims:
             return
-        _, late = await asyncio.wait(claims.values(), timeout=self._config.drain_s)
+        _, late = await asyncio.wait(claims.values(), timeout=self.drain_s)
         for claim, task in claims.items():
             if task in late:
                 task.cancel()
@@ -230,10 +232,11 @@ def _fields(claim: Claim) -> dict[str, object]:
 async def open_worker(worker: BatchWorker) -> AsyncIterator[None]:
     """Works beside the block; leaving it gives back what is not done."""
     async with asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(worker.keep_claiming()), tasks.create_task(worker.keep_renewing())]
+        claiming, renewing = tasks.create_task(worker.keep_claiming()), tasks.create_task(worker.keep_renewing())
         try:
             yield
         finally:
             await worker.close()
-            for task in running:
+            await asyncio.wait({claiming}, timeout=worker.drain_s)  # a claim under way is given back too
+            for task in (claiming, renewing):
                 task.cancel()
