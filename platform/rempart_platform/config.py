@@ -6,7 +6,7 @@ Secrets come from the environment and are in no flag:
     REMPART_ADMIN_KEY      bearer token of the Admin service, at least 16 characters
     REMPART_KEY_PEPPER     pepper of the API keys' digests, at least 16 characters; all routers of one Redis share it
     REMPART_CACHE_SECRET   key of the prefix-cache salts, at least 16 characters; all routers of one engine share it
-    REMPART_REDIS_URL      redis://, rediss:// or unix://, with its password
+    REMPART_REDIS_URL      redis://, redis+sentinel:// or redis+cluster://, with its password; see tenancy/redis_url.py
 """
 
 import argparse
@@ -37,6 +37,7 @@ from rempart_platform.oidc.values import OidcConfig
 from rempart_platform.request_limits import RequestLimits
 from rempart_platform.tenancy.queue_values import QueueConfig
 from rempart_platform.tenancy.quota import QuotaConfig
+from rempart_platform.tenancy.redis_url import parse_redis_url
 
 _MIN_SECRET_CHARS = 16
 _T = TypeVar("_T")
@@ -230,8 +231,10 @@ def _secret(environ: Mapping[str, str], name: str) -> str:
 
 def _redis_url(environ: Mapping[str, str]) -> str:
     url = environ.get("REMPART_REDIS_URL", "")
-    if not url.startswith(("redis://", "rediss://", "unix://")):
-        raise ConfigError("REMPART_REDIS_URL must be set, to redis://, rediss:// or unix://")
+    try:
+        parse_redis_url(url)
+    except ValueError as error:
+        raise ConfigError(f"REMPART_REDIS_URL must say where Redis is: {error}") from None
     return url
 
 

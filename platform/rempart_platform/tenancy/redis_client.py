@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
 from redis import exceptions
-from redis.asyncio import ConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio import Redis
 
 from rempart_platform.breaker import Breaker
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.tenancy.lua import Script
+from rempart_platform.tenancy.redis_connections import open_redis
 
 T = TypeVar("T")
 ScriptReply: TypeAlias = "list[str | int | None]"
@@ -31,6 +30,8 @@ _AWAY = (
     exceptions.ReadOnlyError,
     exceptions.OutOfMemoryError,
     exceptions.ClusterDownError,
+    exceptions.ClusterError,
+    exceptions.SlotNotCoveredError,
 )
 
 
@@ -38,7 +39,7 @@ _AWAY = (
 class RedisConfig:
     """Where Redis is and how long it may take.
 
-    `url` is redis://, rediss:// or unix://; it stays out of `repr` because it may hold a password.
+    `url` is as in `redis_url.py`; it stays out of `repr` because it may hold a password.
     """
 
     url: str = field(repr=False)
@@ -114,10 +115,17 @@ class RedisClient:
             try:
                 result = await operation(self._redis)
             except _AWAY as error:
-                self._breaker.record_failure()
-                raise RedisAwayError(self._retry_after_s, may_have_run=True) from error
+                raise self._away() from error
+            except exceptions.RedisClusterException as error:
+                if error.__cause__ is None:  # keys of several slots: a mistake of ours
+                    raise
+                raise self._away() from error  # no node of the cluster answers
             self._breaker.record_success()
             return result
+
+    def _away(self) -> RedisAwayError:
+        self._breaker.record_failure()
+        return RedisAwayError(self._retry_after_s, may_have_run=True)
 
     async def read_hash(self, key: str) -> dict[str, str]:
         """All fields of a hash; none when there is no such key."""
@@ -205,20 +213,10 @@ async def _run_scripts(redis: Redis, batch: Sequence[_Asked]) -> list[_Outcome]:
 
 @asynccontextmanager
 async def connect_redis(config: RedisConfig, clock: Callable[[], float] = time.monotonic) -> AsyncIterator[RedisClient]:
-    """A client with its own connections, which are opened when first needed."""
-    pool = ConnectionPool.from_url(
-        config.url,
-        max_connections=config.max_connections,
-        socket_timeout=config.timeout_s,
-        socket_connect_timeout=config.timeout_s,
-        retry=Retry(NoBackoff(), 0),
-        decode_responses=True,
-        # RESP2 and no CLIENT SETINFO: nothing that Redis 7.0 would refuse, and fewer round trips to connect.
-        protocol=2,
-        driver_info=None,
-    )
-    redis = Redis.from_pool(pool)
-    try:
+    """A client with its own connections, which are opened when first needed.
+
+    Raises:
+        ValueError: the URL is malformed.
+    """
+    async with open_redis(config.url, config.timeout_s, config.max_connections) as redis:
         yield RedisClient(redis, Breaker(config.failures_to_open, config.open_s, clock), config)
-    finally:
-        await redis.aclose()
