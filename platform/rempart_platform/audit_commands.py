@@ -6,7 +6,7 @@ What is heavy to import is imported by the command that needs it.
 import json
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, TypeAlias, TypeVar
 
@@ -61,13 +61,17 @@ def verify_log(
                 return await verify(store, heads=heads, public_key=key, progress=show)
 
     done = _run(url, check)
+    if not done.num_chains:
+        _fail(f"{url} holds no audit log")
     counts = {"chains": done.num_chains, "segments": done.num_segments, "records": done.num_records}
     if as_json:
-        print_json({**counts, "problems": done.problems})
+        print_json({**counts, "lost": done.num_lost, "problems": done.problems})
     else:
         typer.echo(", ".join(f"{count} {name}" for name, count in counts.items()) + " checked")
+        if done.num_lost:
+            typer.echo(f"{done.num_lost} records could not be kept: rempart audit show --kind gap tells when", err=True)
         for problem in done.problems:
-            typer.echo(problem, err=True)
+            typer.echo(_printable(problem), err=True)
     raise typer.Exit(1 if done.problems else 0)
 
 
@@ -91,8 +95,14 @@ def show_log(
 
 def _one_line(record: dict[str, object]) -> str:
     at, kind = record.pop("at", ""), record.pop("kind", "")
-    rest = " ".join(f"{name}={value}" for name, value in record.items() if name not in ("previous", "chain", "n"))
-    return f"{at}  {kind:8}{rest}"
+    shown = {name: value for name, value in record.items() if name not in ("previous", "chain", "n")}
+    rest = " ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in shown.items())
+    return _printable(f"{at}  {kind:8}{rest}")
+
+
+def _printable(text: str) -> str:
+    """Escapes what a terminal would obey: anybody may call the Admin service, and what they asked for is recorded."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def _run(url: str, act: "Callable[[SegmentStore], Awaitable[_T]]") -> _T:
@@ -104,7 +114,7 @@ def _run(url: str, act: "Callable[[SegmentStore], Awaitable[_T]]") -> _T:
     from rempart_platform.object_store import ObjectStoreUrlError, open_object_store
 
     async def run() -> _T:
-        return await act(SegmentStore(open_object_store(url)))
+        return await act(SegmentStore(open_object_store(url, for_reading=True)))
 
     try:
         return asyncio.run(run())
@@ -112,8 +122,10 @@ def _run(url: str, act: "Callable[[SegmentStore], Awaitable[_T]]") -> _T:
         _fail(str(error))
     except RempartError:
         _fail("--redis-url: Redis does not answer")
+    except BrokenPipeError:
+        raise  # of whoever reads our lines, and not of the store
     except STORE_ERRORS as error:
-        _fail(f"{url} cannot be read: {error}")
+        _fail(f"{url} cannot be read: {error}".partition("\n")[0])
 
 
 def _fail(message: str) -> NoReturn:
@@ -129,7 +141,12 @@ async def _heads(redis_url: str) -> "AsyncIterator[HeadStore | None]":
     if not redis_url:
         yield None
         return
-    async with connect_redis(RedisConfig(redis_url, timeout_s=_REDIS_TIMEOUT_S)) as redis:
+    async with AsyncExitStack() as stack:
+        config = RedisConfig(redis_url, timeout_s=_REDIS_TIMEOUT_S)
+        try:
+            redis = await stack.enter_async_context(connect_redis(config))
+        except ValueError as error:
+            _fail(f"--redis-url: {error}")
         yield HeadStore(redis)
 
 

@@ -18,22 +18,30 @@ class ObjectStoreUrlError(ValueError):
     """What is wrong with the URL."""
 
 
-def open_object_store(url: str, environ: Mapping[str, str] = os.environ) -> ObjectStore:
+def open_object_store(url: str, environ: Mapping[str, str] = os.environ, *, for_reading: bool = False) -> ObjectStore:
     """A store whose paths are relative to the URL. Nothing is asked of it yet.
 
+    Args:
+        url: where it is.
+        environ: says who asks a bucket.
+        for_reading: makes no folder; one that is not there is a mistake.
+
     Raises:
-        ObjectStoreUrlError: neither file:///FOLDER nor s3://BUCKET[/PREFIX], or the folder cannot be made.
+        ObjectStoreUrlError: neither file:///FOLDER nor s3://BUCKET[/PREFIX], or the folder is not there or cannot be
+            made.
     """
     parts = urlsplit(url)
     path = unquote(parts.path)
     if parts.scheme == "file" and not parts.netloc and path.strip("/"):
-        return _folder(Path(path))
+        return _folder(Path(path), for_reading=for_reading)
     if parts.scheme == "s3" and parts.netloc:
         return _bucket(parts.netloc, path.strip("/"), environ)
     raise ObjectStoreUrlError(f"{url!r} is neither file:///FOLDER nor s3://BUCKET/PREFIX")
 
 
-def _folder(path: Path) -> ObjectStore:
+def _folder(path: Path, *, for_reading: bool) -> ObjectStore:
+    if for_reading and not path.is_dir():
+        raise ObjectStoreUrlError(f"there is no folder {path}")
     try:
         return LocalStore(path, mkdir=True)
     except OSError as error:

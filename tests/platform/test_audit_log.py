@@ -220,6 +220,33 @@ async def test_acts_are_refused_at_once_when_nothing_more_may_wait() -> None:
                 raise AssertionError("it was done")
 
 
+async def test_acts_that_are_refused_at_once_do_not_pile_up() -> None:
+    async with rig(replace(FAST, max_buffered=1), is_away=True) as it:
+        for _ in range(100):
+            with pytest.raises(RempartError, match="Nothing was done"):
+                async with it.log.act("admin key", REQUEST, {"act": "issue_key"}):
+                    raise AssertionError("it was done")
+        assert len(it.buffer) == 1
+        it.segments.is_away = False
+        await it.stop()
+        assert it.told("lost") == [100]
+
+
+async def test_who_has_no_right_cannot_fill_the_log() -> None:
+    """Neither while its storage is away, when tenants would be refused, nor at all."""
+    async with rig(replace(FAST, max_buffered=50, max_refused_acts=10), is_away=True) as it:
+        await asyncio.wait_for(it.segments.tried.wait(), 10)
+        for _ in range(1000):
+            it.log.act_refused({"act": "list_tenants"}, "invalid_api_key")
+        assert len(it.buffer) == 11
+        it.log.require_room()
+        it.segments.is_away = False
+        await it.stop()
+        assert it.told("outcome") == ["invalid_api_key"] * 10 + ["refused"]
+        assert it.told("times") == [990]
+        assert it.buffer.num_lost == 0
+
+
 async def test_an_act_whose_caller_leaves_is_recorded_too() -> None:
     async with rig() as it:
         begun = asyncio.Event()
@@ -253,7 +280,17 @@ def test_a_requests_record_holds_neither_its_tokens_nor_what_the_client_chose() 
     assert not any(word in json.dumps(fields) for word in ("somebody", "a key", "stop here"))
 
 
-@pytest.mark.parametrize("wrong", [{"max_buffered": 0}, {"max_segment_records": 0}, {"seal_s": 0.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_buffered": 0},
+        {"max_segment_records": 0},
+        {"max_segment_records": 100_001},
+        {"max_refused_acts": 0},
+        {"seal_s": 0.0},
+        {"max_backoff_s": 0.0},
+    ],
+)
 def test_numbers_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="--audit-" + next(iter(wrong)).replace("_", "-")):
         replace(AuditConfig(), **wrong)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """The audit log in a folder and in a bucket, checked and read as operators do it."""
 
 import asyncio
+import errno
 import json
 import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -18,6 +19,7 @@ from moto.server import ThreadedMotoServer
 from prometheus_client import CollectorRegistry
 from typer.testing import CliRunner
 
+from rempart_platform import audit_commands
 from rempart_platform.audit.chain import Segment
 from rempart_platform.audit.heads import HeadStore
 from rempart_platform.audit.log import AuditLog, open_audit_log
@@ -30,6 +32,7 @@ from rempart_platform.generation import Caller, GenerationRequest
 from rempart_platform.object_store import open_object_store
 from rempart_platform.request_trace import RequestTrace
 from rempart_platform.tenancy.embedded import EmbeddedRedis, EmbeddedRedisConfig, embedded_redis
+from rempart_platform.tenancy.keyspace import AUDIT_HEADS
 from rempart_platform.tenancy.redis_client import RedisClient, connect_redis
 from rempart_platform.tenancy.testing import patient
 from rempart_protos.v1 import sampling_pb2
@@ -223,9 +226,59 @@ def test_the_command_says_what_it_cannot_do(tmp_path: Path) -> None:
         (("verify", "http://x"), "is neither file"),
         (("verify", url, "--public-key", "/nowhere"), "--public-key: /nowhere"),
         (("verify", url, "--redis-url", "unix:///nowhere"), "Redis does not answer"),
+        (("verify", url, "--redis-url", "no url"), "--redis-url: "),
+        (("verify", url), "holds no audit log"),
+        (("verify", f"{url}-mistyped"), f"there is no folder {tmp_path}/audit-mistyped"),
+        (("show", f"{url}-mistyped"), f"there is no folder {tmp_path}/audit-mistyped"),
     ):
         exit_code, _, error = run(*args)
         assert (exit_code, said in error) == (2, True), error
+    assert [path.name for path in tmp_path.iterdir()] == ["audit"], "reading makes nothing"
+
+
+async def test_what_redis_says_and_nobody_can_read_is_a_problem_of_that_chain(
+    tmp_path: Path, server: EmbeddedRedis, redis: RedisClient
+) -> None:
+    url = f"file://{tmp_path}/audit"
+    await write_two_chains(url, redis)
+    chain = sorted(path.name for path in (tmp_path / "audit" / "chains").iterdir())[0]
+    await redis.write_hash(AUDIT_HEADS, {chain: "nonsense"})
+    exit_code, said, _ = await asyncio.to_thread(run, "verify", url, "--redis-url", server.url)
+    assert (exit_code, said["chains"]) == (1, 2)
+    assert said["problems"] == [f"chain {chain}: what Redis says of it cannot be read"]
+
+
+async def test_gaps_are_counted(tmp_path: Path, redis: RedisClient) -> None:
+    url = f"file://{tmp_path}/audit"
+    async with audit_log(url, redis, changes={"max_buffered": 1, "when_full": "drop"}) as log:
+        for _ in range(3):
+            log.request_ended(trace("acme"))
+    exit_code, said, _ = await asyncio.to_thread(run, "verify", url)
+    assert (exit_code, said["problems"], said["lost"]) == (0, [], 3)
+
+
+async def test_no_record_commands_the_terminal_of_who_reads_it(tmp_path: Path, redis: RedisClient) -> None:
+    """Anybody may call the Admin service, and what they ask for is recorded though it is refused."""
+    url, hostile = f"file://{tmp_path}/audit", "\x1b[2J\u202e\n2026-11-25  outcome who=admin"
+    async with audit_log(url, redis) as log:
+        log.act_refused({"act": "create_tenant", "tenant": hostile}, "invalid_api_key")
+    shown = await asyncio.to_thread(CliRunner().invoke, app, ["audit", "show", url, "--kind", "outcome"])
+    (line,) = shown.stdout.splitlines()
+    assert line.isprintable()
+    assert ' who=""' in line
+    assert r'tenant="\u001b[2J\u202e\n2026-11-25  outcome who=admin"' in line
+
+
+async def test_who_stops_reading_is_not_taken_for_the_store(
+    tmp_path: Path, redis: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(text: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    await write_two_chains(f"file://{tmp_path}/audit", redis)
+    monkeypatch.setattr(audit_commands, "_one_line", stop)
+    shown = await asyncio.to_thread(CliRunner().invoke, app, ["audit", "show", f"file://{tmp_path}/audit"])
+    assert (shown.exit_code, shown.stderr) == (1, "")
 
 
 async def test_show_prints_records_for_people_and_for_programs(tmp_path: Path, redis: RedisClient) -> None:

@@ -37,6 +37,7 @@ class AuditBuffer:
         self._taken: list[Waiting] = []
         self._num_lost_now = 0
         self._lost_since_s = 0.0
+        self._num_refused_now = 0
         self._wake = asyncio.Event()
         self.num_lost = 0
         """Records that nobody will ever see, in total."""
@@ -59,9 +60,22 @@ class AuditBuffer:
     def add(self, kind: Kind, fields: Mapping[str, object], *, may_be_lost: bool = False) -> None:
         """Keeps a record, unless there is no room and it may be lost."""
         if may_be_lost and self.is_full:
-            self._lose()
+            self.lose()
             return
         self._append(Waiting(Entry(self._clock(), kind, fields)))
+
+    def add_refused(self, fields: Mapping[str, object]) -> None:
+        """Keeps the outcome of an act of somebody without the right, of the first `max_refused_acts` until a seal."""
+        self._num_refused_now += 1
+        if self._num_refused_now <= self._config.max_refused_acts:
+            self.add(Kind.OUTCOME, fields, may_be_lost=True)
+
+    def lose(self) -> None:
+        """Counts a record for which there is no room."""
+        if not self._num_lost_now:
+            self._lost_since_s = self._clock()
+        self._num_lost_now += 1
+        self.num_lost += 1
 
     def add_and_wait(self, kind: Kind, fields: Mapping[str, object]) -> asyncio.Future[None]:
         """Keeps a record and asks for a seal at once; the future ends when it is sealed."""
@@ -102,17 +116,15 @@ class AuditBuffer:
         self._taken = []
         if self._num_lost_now:
             self._note_gap()
+        num_more = self._num_refused_now - self._config.max_refused_acts
+        self._num_refused_now = 0
+        if num_more > 0:
+            self.add(Kind.OUTCOME, {"who": "", "outcome": "refused", "times": num_more})
 
     def _append(self, waiting: Waiting) -> None:
         self._waiting.append(waiting)
         if len(self._waiting) == self._config.max_segment_records:
             self.wake()
-
-    def _lose(self) -> None:
-        if not self._num_lost_now:
-            self._lost_since_s = self._clock()
-        self._num_lost_now += 1
-        self.num_lost += 1
 
     def _note_gap(self) -> None:
         # The records before the gap still wait, and those after it come now: this is its place.

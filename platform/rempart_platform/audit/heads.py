@@ -3,7 +3,7 @@
 What storage tells and what Redis tells is kept by different hands; whoever wants to hide the past needs both.
 """
 
-from rempart_platform.audit.check import Head
+from rempart_platform.audit.check import BadChainError, Head
 from rempart_platform.tenancy.keyspace import AUDIT_HEADS
 from rempart_platform.tenancy.redis_client import RedisClient
 
@@ -22,9 +22,12 @@ class HeadStore:
         await self._redis.write_hash(AUDIT_HEADS, {chain: f"{head.last} {head.link.hex()}"})
 
     async def read(self, chain: str) -> Head | None:
-        """None when Redis does not know the chain."""
+        """None when Redis does not know the chain. Raises BadChainError when it says what no router wrote."""
         stored = await self._redis.call(lambda redis: redis.hget(AUDIT_HEADS, chain))
-        return None if stored is None else _parse(str(stored))
+        try:
+            return None if stored is None else _parse(str(stored))
+        except ValueError:
+            raise BadChainError(f"chain {chain}: what Redis says of it cannot be read") from None
 
     async def chains(self) -> set[str]:
         """Names of all that there have ever been."""

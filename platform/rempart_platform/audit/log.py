@@ -37,6 +37,7 @@ from rempart_platform.tenancy.redis_client import RedisClient
 _logger = logging.getLogger(__name__)
 _MAX_HOST_CHARS = 40
 _MAX_WHO_CHARS = 255
+_NOTHING_DONE = "Nothing was done."
 
 
 class AuditLog:
@@ -62,8 +63,11 @@ class AuditLog:
         self._buffer.add(Kind.REQUEST, request_fields(trace), may_be_lost=may_be_lost)
 
     def act_refused(self, fields: dict[str, str], outcome: str) -> None:
-        """Records that somebody without the right asked for an admin act; waits for nothing."""
-        self._buffer.add(Kind.OUTCOME, fields | {"who": "", "outcome": outcome}, may_be_lost=True)
+        """Records that somebody without the right asked for an admin act; waits for nothing.
+
+        Of a flood the log tells the beginning and the size.
+        """
+        self._buffer.add_refused(fields | {"who": "", "outcome": outcome})
 
     @asynccontextmanager
     async def act(self, who: str, request: Message, fields: dict[str, str]) -> AsyncIterator[None]:
@@ -80,9 +84,12 @@ class AuditLog:
         act_id = secrets.token_hex(8)
         who = cut(who, _MAX_WHO_CHARS)
         asked: dict[str, object] = {**fields, "act_id": act_id, "who": who, "request": message_fields(request)}
+        if self._buffer.is_full:
+            self._buffer.lose()
+            raise self._cannot_store(_NOTHING_DONE)
         outcome = "not_begun"
         try:
-            await self._begin(asked)
+            await self._sealed(Kind.ACT, asked, _NOTHING_DONE)
             outcome = "cancelled"
             yield
             outcome = "ok"
@@ -99,11 +106,6 @@ class AuditLog:
                 self._buffer.add(Kind.OUTCOME, ended)
             else:
                 await self._sealed(Kind.OUTCOME, ended, "What was asked for has been tried.")
-
-    async def _begin(self, asked: Mapping[str, object]) -> None:
-        if self._buffer.is_full:
-            raise self._cannot_store("Nothing was done.")
-        await self._sealed(Kind.ACT, asked, "Nothing was done.")
 
     async def _sealed(self, kind: Kind, fields: Mapping[str, object], so_far: str) -> None:
         sealed = self._buffer.add_and_wait(kind, fields)

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
+_MOST_SEGMENT_RECORDS = 100_000
+"""A segment of so many stays far below what `SegmentStore` reads."""
+
 
 @dataclass(frozen=True, slots=True)
 class AuditConfig:
@@ -22,6 +25,8 @@ class AuditConfig:
     """A segment is sealed as soon as it has so many."""
     max_buffered: int = 100_000
     """Records that wait while the store does not take them; what happens then says `when_full`."""
+    max_refused_acts: int = 100
+    """Admin calls without the right that are recorded between two seals; further ones are counted. Anybody can call."""
     when_full: Literal["refuse", "drop"] = "refuse"
     """"refuse" admits no new requests; "drop" goes on and loses records, which it counts."""
     signing_key: str = ""
@@ -37,10 +42,12 @@ class AuditConfig:
     """How long a router that stops tries to seal what is left."""
 
     def __post_init__(self) -> None:
-        for name in ("max_segment_records", "max_buffered"):
+        for name in ("max_segment_records", "max_buffered", "max_refused_acts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--audit-{name.replace('_', '-')} must be at least 1")
-        for name in ("seal_s", "act_timeout_s", "put_timeout_s", "backoff_s"):
+        if self.max_segment_records > _MOST_SEGMENT_RECORDS:
+            raise ValueError(f"--audit-max-segment-records must be at most {_MOST_SEGMENT_RECORDS}")
+        for name in ("seal_s", "act_timeout_s", "put_timeout_s", "backoff_s", "max_backoff_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--audit-{name.replace('_', '-')} must be above 0")
 

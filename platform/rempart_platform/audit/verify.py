@@ -6,13 +6,14 @@ from typing import Any, Protocol
 
 from rempart_platform.audit.check import BadChainError, ChainReader, Head, decode_line
 from rempart_platform.audit.store import ForeignSegmentError, SegmentStore
+from rempart_platform.audit.values import Kind
 
 
 class Heads(Protocol):
     """What a check needs of Redis; `HeadStore` in production."""
 
     async def read(self, chain: str) -> Head | None:
-        """None when Redis does not know the chain."""
+        """None when Redis does not know the chain. Raises BadChainError when it says what no router wrote."""
 
     async def chains(self) -> set[str]:
         """Names of all that there have ever been."""
@@ -25,6 +26,8 @@ class Verification:
     num_chains: int = 0
     num_segments: int = 0
     num_records: int = 0
+    num_lost: int = 0
+    """Records that routers could not keep, as the log itself says."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -66,7 +69,9 @@ async def verify(
         try:
             reader = ChainReader(chain, public_key, await _head(heads, chain))
             async for path, data in store.segments(chain, await store.days(chain)):
-                done.num_records += len(reader.take(path, data))
+                records = reader.take(path, data)
+                done.num_records += len(records)
+                done.num_lost += sum(map(_num_lost, records))
                 done.num_segments += 1
                 progress(done)
             reader.finish()
@@ -90,6 +95,11 @@ async def read_records(store: SegmentStore, wanted: Wanted) -> AsyncIterator[dic
                     raise ForeignSegmentError(f"{path} holds a line that is no record; verify the log")
                 if wanted.takes(record):
                     yield {"chain": chain, **record}
+
+
+def _num_lost(record: dict[str, Any]) -> int:
+    lost = record.get("lost")
+    return lost if record.get("kind") == Kind.GAP and isinstance(lost, int) else 0
 
 
 async def _head(heads: Heads | None, chain: str) -> Head | None:
