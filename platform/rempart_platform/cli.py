@@ -92,6 +92,13 @@ def up(  # noqa: PLR0913 - a flag is a parameter
         Path | None,
         typer.Option(help="Plans, tenants, their keys and prices to begin with, TOML or JSON.", show_default=False),
     ] = None,
+    audit_store: Annotated[
+        str,
+        typer.Option(
+            help="Where to keep an audit log: file:///FOLDER or s3://BUCKET/PREFIX; see `rempart audit`.",
+            show_default=False,
+        ),
+    ] = "",
     engine_module: Annotated[str, typer.Option(hidden=True)] = "rempart_engine",
 ) -> None:
     """Start everything on this machine: Redis, engines, a router, a demo tenant."""
@@ -125,6 +132,7 @@ def up(  # noqa: PLR0913 - a flag is a parameter
             require_manifest=require_manifest,
             manifest_key=manifest_key,
             tenants_file=tenants_file,
+            audit_store=audit_store,
             log_level=log_level,
             engine_module=engine_module,
         )

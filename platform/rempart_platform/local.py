@@ -21,6 +21,7 @@ from rempart_platform.local_config import (
     LocalConfig,
     LocalSecrets,
     engine_command,
+    require_audit_store,
     require_free_ports,
     router_command,
     verify_command,
@@ -86,10 +87,11 @@ class LocalPlatform:
             model to be another than its manifest says.
 
         Raises:
-            LocalConfigError: a port is taken.
+            LocalConfigError: a port is taken, or the audit log cannot be where it is to be.
             EmbeddedRedisError: Redis is not installed or does not start.
         """
         require_free_ports(self._config)
+        require_audit_store(self._config)
         refusal = await self._refusal(stop)
         if refusal is not None or stop.drain.is_set():
             return refusal

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rempart_platform.child_process import ChildCommand
+from rempart_platform.object_store import ObjectStoreUrlError, open_object_store
 
 VERIFY = "verify"
 """The process that compares the model with its manifest."""
@@ -61,6 +62,8 @@ class LocalConfig:
     """Whose owner must have signed the manifest."""
     tenants_file: Path | None = None
     """Plans, tenants and prices to begin with."""
+    audit_store: str = ""
+    """Where the router keeps its audit log, see `object_store.py`; "" keeps none."""
     log_level: str = "warning"
     engine_module: str = "rempart_engine"
 
@@ -127,6 +130,15 @@ def require_free_ports(config: LocalConfig) -> None:
             ) from error
 
 
+def require_audit_store(config: LocalConfig) -> None:
+    """Raises LocalConfigError, before anything is started, when there can be no audit log where it is to be."""
+    try:
+        if config.audit_store:
+            open_object_store(config.audit_store)
+    except ObjectStoreUrlError as error:
+        raise LocalConfigError(f"--audit-store: {error}") from None
+
+
 def verify_command(config: LocalConfig, environ: Mapping[str, str]) -> ChildCommand | None:
     """What compares the model with its manifest; None when none is required."""
     if config.require_manifest is None:
@@ -170,6 +182,7 @@ def router_command(
         "--batch-store": batch_folder.absolute().as_uri(),
         "--log-level": config.log_level,
         **_given({"--tenants-file": config.tenants_file}),
+        **({"--audit-store": config.audit_store} if config.audit_store else {}),
     }
     own_environ = {
         "REMPART_ADMIN_KEY": own_secrets.admin_key,

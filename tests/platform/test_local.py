@@ -111,6 +111,24 @@ def test_it_begins_with_the_tenants_of_a_file_and_their_keys(up: Up, tmp_path: P
             assert (answer["choices"][0]["text"], answer["service_tier"]) == ("round", used)
 
 
+def test_it_keeps_an_audit_log(up: Up, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/audit"
+    with up("--audit-store", url) as platform:
+        platform.wait_until_ready()
+        assert platform.stop() == 0
+    verified = json.loads(run_cli("audit", "verify", url, "--json", environ=os.environ).stdout)
+    assert (verified["chains"], verified["problems"]) == (1, [])
+    shown = run_cli("audit", "show", url, "--kind", "end", environ=os.environ).stdout
+    assert len(shown.splitlines()) == 1, "the router ended in order"
+
+
+def test_an_audit_log_that_cannot_be_is_named_before_anything_starts(up: Up, own_tmp: Path) -> None:
+    with up("--audit-store", "audit") as platform:
+        assert platform.process.wait(20) == 2
+    assert "--audit-store: 'audit' is neither file:///FOLDER" in platform.log_path.read_text()
+    assert list(own_tmp.iterdir()) == []
+
+
 def test_a_signal_while_it_starts_ends_it_too(up: Up, tmp_path: Path, own_tmp: Path) -> None:
     started = tmp_path / "started"
     (tmp_path / "slow_engine.py").write_text(
