@@ -13,6 +13,7 @@ from rempart_platform.apis.grpc_errors import error_status
 from rempart_platform.apis.grpc_render import tier_message
 from rempart_platform.apis.services import AdminAuthenticator, bearer_token
 from rempart_platform.audit.log import AuditLog
+from rempart_platform.audit.records import cut
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import ServiceTier
 from rempart_platform.tenancy.api_keys import ApiKey, ApiKeyStore
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 # Any: one context type serves methods of all message types.
 _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
-_MAX_LOGGED_CHARS = 63
 _TIER_NUMBERS = frozenset(int(tier) for tier in ServiceTier)
 
 
@@ -186,7 +186,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         """Authenticates, audits, turns errors into the call's status, and logs how it ended."""
         # What a caller wrote is cut: a log line is no place for a megabyte.
         fields = {"act": act, "peer": context.peer()}
-        fields |= {name: value[:_MAX_LOGGED_CHARS] for name, value in named.items()}
+        fields |= {name: cut(value) for name, value in named.items()}
         outcome = "cancelled"
         try:
             who = await self._who(context, fields)

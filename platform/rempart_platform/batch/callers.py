@@ -7,7 +7,8 @@ from typing import Protocol
 
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Caller, ServiceTier, Standing
-from rempart_platform.tenancy.api_keys import ApiKeyStore, RecordCache, is_key_id
+from rempart_platform.tenancy.api_keys import ApiKeyStore, KeyRecord, is_key_id
+from rempart_platform.tenancy.memory import Memory
 
 _CAPACITY = 1000
 
@@ -44,7 +45,7 @@ class BatchCallers:
         self._standings = standings
         self._clock = clock
         self._wall_clock = wall_clock
-        self._known = RecordCache(_CAPACITY, memory_s, clock)
+        self._known = Memory[str, KeyRecord | None](_CAPACITY, memory_s, clock)
 
     async def __call__(self, caller: Caller) -> Caller:
         """The caller with its standing of now, and no tier above batch.

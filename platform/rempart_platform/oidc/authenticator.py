@@ -6,7 +6,6 @@ x.y.z (a JWT)     ─► signature and claims ─► the tenant it names, which 
 
 import hashlib
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from rempart_platform.oidc.keys import open_key_ring
 from rempart_platform.oidc.tokens import TokenVerifier, claim
 from rempart_platform.oidc.values import OidcConfig
 from rempart_platform.tenancy.api_keys import invalid_key
+from rempart_platform.tenancy.memory import Memory
 from rempart_platform.tenancy.tenants import TenantRegistry
 
 _MAX_TENANTS = 10_000
@@ -37,21 +37,18 @@ class TenantMemory:
 
     def __init__(self, tenants: TenantRegistry, memory_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._tenants = tenants
-        self._memory_s = memory_s
         self._clock = clock
-        self._known: OrderedDict[str, tuple[float, bool]] = OrderedDict()
+        self._known = Memory[str, bool](_MAX_TENANTS, memory_s, clock)
 
     async def has(self, name: str) -> bool:
         """Raises RempartError UNAVAILABLE when Redis is needed and does not answer."""
-        now_s = self._clock()
         known = self._known.get(name)
-        if known is not None and now_s < known[0]:
-            return known[1]
-        self._known[name] = now_s + self._memory_s, await self._ask(name)
-        self._known.move_to_end(name)
-        if len(self._known) > _MAX_TENANTS:
-            self._known.popitem(last=False)
-        return self._known[name][1]
+        if known is not None:
+            return known[0]
+        asked_at = self._clock()
+        exists = await self._ask(name)
+        self._known.put(name, exists, asked_at)
+        return exists
 
     async def _ask(self, name: str) -> bool:
         try:

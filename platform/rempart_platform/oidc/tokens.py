@@ -2,15 +2,14 @@
 
 import hashlib
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jwt
 
 from rempart_platform.oidc.values import OidcConfig
 from rempart_platform.tenancy.api_keys import invalid_key
+from rempart_platform.tenancy.memory import Memory
 
 _MAX_REMEMBERED = 10_000
 _REQUIRED = ["exp", "iss", "aud", "sub"]
@@ -24,12 +23,6 @@ class Keys(Protocol):
     async def find(self, kid: str) -> jwt.PyJWK | None:
         """Raises RempartError UNAVAILABLE."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Valid:
-    claims: Mapping[str, Any]
-    ends_at: float
 
 
 class TokenVerifier:
@@ -54,7 +47,7 @@ class TokenVerifier:
         self._keys = keys
         self._clock = clock
         self._wall_clock = wall_clock
-        self._valid: OrderedDict[bytes, _Valid] = OrderedDict()
+        self._valid = Memory[bytes, Mapping[str, Any]](_MAX_REMEMBERED, config.memory_s, clock)
 
     async def claims(self, token: str) -> Mapping[str, Any]:
         """What the issuer says of the token's holder.
@@ -66,14 +59,11 @@ class TokenVerifier:
             raise invalid_key()
         digest = hashlib.sha256(token.encode()).digest()
         known = self._valid.get(digest)
-        if known is not None and self._clock() < known.ends_at and not self._is_over(known.claims):
-            return known.claims
+        if known is not None and not self._is_over(known[0]):
+            return known[0]
         asked_at = self._clock()
         claims = await self._verify(token)
-        self._valid[digest] = _Valid(claims, asked_at + self._config.memory_s)
-        self._valid.move_to_end(digest)
-        if len(self._valid) > _MAX_REMEMBERED:
-            self._valid.popitem(last=False)
+        self._valid.put(digest, claims, asked_at)
         return claims
 
     def _is_over(self, claims: Mapping[str, Any]) -> bool:

@@ -12,13 +12,13 @@ import hmac
 import re
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Caller
 from rempart_platform.tenancy.keyspace import TenantKeys, api_key_record
+from rempart_platform.tenancy.memory import Memory
 from rempart_platform.tenancy.redis_client import RedisClient
 
 _KEY_ID = re.compile(r"[0-9a-f]{16}")
@@ -166,34 +166,6 @@ def key_id_of(key: str) -> str | None:
     return found.group(1) if found else None
 
 
-class RecordCache:
-    """Remembers records for a short time, at most `capacity` of them; the least recently used goes first."""
-
-    def __init__(self, capacity: int, ttl_s: float, clock: Callable[[], float]) -> None:
-        self._capacity = capacity
-        self._ttl_s = ttl_s
-        self._clock = clock
-        self._entries: OrderedDict[str, tuple[float, KeyRecord | None]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def get(self, key_id: str) -> tuple[KeyRecord | None] | None:
-        """A one-tuple of what is remembered, be it that there is no such key; None when nothing is."""
-        entry = self._entries.get(key_id)
-        if entry is None or entry[0] <= self._clock():
-            return None
-        self._entries.move_to_end(key_id)
-        return (entry[1],)
-
-    def put(self, key_id: str, record: KeyRecord | None, asked_at: float) -> None:
-        """Keeps what was true at `asked_at`, a time of the same clock."""
-        self._entries[key_id] = (asked_at + self._ttl_s, record)
-        self._entries.move_to_end(key_id)
-        while len(self._entries) > self._capacity:
-            self._entries.popitem(last=False)
-
-
 class Authenticator:
     """Bearer token → caller.
 
@@ -221,8 +193,8 @@ class Authenticator:
         self._hasher = hasher
         self._clock = clock
         self._wall_clock = wall_clock
-        self._known = RecordCache(cache_capacity, cache_s, clock)
-        self._unknown = RecordCache(cache_capacity, cache_s, clock)
+        self._known = Memory[str, KeyRecord | None](cache_capacity, cache_s, clock)
+        self._unknown = Memory[str, KeyRecord | None](cache_capacity, cache_s, clock)
         self._no_record = KeyRecord("", hasher.digest(secrets.token_hex(32)))
 
     @property
