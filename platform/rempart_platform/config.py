@@ -95,6 +95,8 @@ class RouterConfig:
     """Plans, tenants and prices to begin with, TOML or JSON; see `tenancy/seed.py`."""
     redis_timeout_s: float = 0.25
     redis_max_connections: int = 64
+    redis_max_batch: int = 32
+    """Most scripts that are sent to Redis in one round trip."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     limits: RequestLimits = RequestLimits()
     http: HttpLimits = HttpLimits()

@@ -146,7 +146,10 @@ async def _announce_when_ready(readiness: Readiness, announce: Announce, line: d
 
 def _redis_config(config: RouterConfig, secrets: RouterSecrets) -> RedisConfig:
     return RedisConfig(
-        secrets.redis_url, timeout_s=config.redis_timeout_s, max_connections=config.redis_max_connections
+        secrets.redis_url,
+        timeout_s=config.redis_timeout_s,
+        max_connections=config.redis_max_connections,
+        max_batch=config.redis_max_batch,
     )
 
 

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from rempart_platform import generation
-from rempart_platform.apis.openai_objects import RenderContext, Usage, encoder, server_sent
+from rempart_platform.apis.openai_objects import RenderContext, TextFrame, Usage, encoder, server_sent
 from rempart_platform.generation import Delta, Finished, GenerationEvent
 
 
@@ -42,15 +42,25 @@ class CompletionRenderer:
     def __init__(self, context: RenderContext) -> None:
         self._context = context
         self._num_chars: defaultdict[int, int] = defaultdict(int)
+        self._frames: dict[int, TextFrame] = {}
 
     def chunk(self, event: GenerationEvent) -> bytes:
         match event:
+            case Delta() if event.is_text_alone:
+                self._num_chars[event.choice] += len(event.text)
+                return self._frame(event.choice).around(event.text)
             case Delta():
                 return self._chunk([Choice(event.choice, event.text, self._logprobs(event.choice, [event]))])
             case Finished():
                 return self._chunk([Choice(event.choice, "", finish_reason=event.reason.value)])
             case generation.Usage():
                 return self._chunk([], Usage.of(event)) if self._context.include_usage else b""
+
+    def _frame(self, choice: int) -> TextFrame:
+        """Of chunks that bring text and nothing else: nearly all."""
+        if choice not in self._frames:
+            self._frames[choice] = TextFrame(lambda text: self._chunk([Choice(choice, text)]))
+        return self._frames[choice]
 
     def _chunk(self, choices: list[Choice], usage: Usage | None = None) -> bytes:
         return server_sent(self._completion(choices, usage if self._context.include_usage else UNSET))

@@ -69,7 +69,9 @@ class TokenStream:
         self._num_buffered_tokens = 0
         self._error: RempartError | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._clock = asyncio.get_running_loop().time
+        loop = asyncio.get_running_loop()  # asked once: each time is a system call
+        self._new_waiter = loop.create_future
+        self._clock = loop.time
         self._gather_s = 0.0
         self._gathers_until = 0.0
 
@@ -136,7 +138,7 @@ class TokenStream:
                 raise self._error
             if self._is_ended:
                 raise StopAsyncIteration
-            waiter = self._waiter = asyncio.get_running_loop().create_future()
+            waiter = self._waiter = self._new_waiter()
             await waiter
         events, self._events = self._events, []
         self._num_buffered_tokens = 0

@@ -51,6 +51,10 @@ class RedisConfig:
     failures_to_open: int = 3
     open_s: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.max_batch < 1:
+            raise ValueError("redis_max_batch must be at least 1")
+
 
 class RedisAwayError(RempartError):
     """Redis did not answer: UNAVAILABLE, with a `retry_after_s`."""
