@@ -165,6 +165,19 @@ async def test_a_line_that_ends_its_worker_is_given_up_and_no_other_is(rig: Batc
     assert rig.metric("lines_total", outcome="dead_letter") == 1
 
 
+@pytest.mark.parametrize("poisoned", [0, 9, 15])
+async def test_a_line_that_ends_its_worker_takes_no_other_with_it(
+    redis: RedisClient, tmp_path: Path, poisoned: int
+) -> None:
+    """They are in flight together, and all of them are lost each time."""
+    rig = BatchRig(redis, tmp_path, replace(CONFIG, lines_per_shard=16, lease_s=0.05))
+    rig.runner.scripts[str(poisoned)] = [OSError("this ends the task as a crash ends a router")] * 99
+    async with rig.working():
+        batch = await rig.ended(await rig.submit([request_line(number) for number in range(16)]))
+    assert await rig.errors(batch) == {f"line-{poisoned}": "dead_letter"}
+    assert await rig.texts(batch) == right_texts([number for number in range(16) if number != poisoned])
+
+
 async def test_deliveries_count_from_the_last_answered_line(rig: BatchRig) -> None:
     await started(rig, 4)
     queue = queue_of(rig, "one")

@@ -9,7 +9,7 @@ Again is harmless at each of these steps, so a failure of Redis or of the storag
 import asyncio
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -194,18 +194,10 @@ class _Attempts:
     """What is known, by line number; grows."""
 
     async def answer_all(self, lines: Sequence[_OpenLine]) -> None:
-        """Together; but one by one, and each time from another on, when the last worker ended before any was answered.
-
-        So a line that ends whoever runs it takes no others with it.
-        """
-        if self.claim.deliveries > 1 and lines:
-            first = (self.claim.deliveries - _FIRST_RETRY) * (len(lines) // 2) % len(lines)
-            for line in (*lines[first:], *lines[:first]):
-                await self._answer(line)
-            return
-        async with asyncio.TaskGroup() as tasks:
-            for line in lines:
-                tasks.create_task(self._answer(line))
+        for together in _rounds(lines, self.claim.deliveries):
+            async with asyncio.TaskGroup() as tasks:
+                for line in together:
+                    tasks.create_task(self._answer(line))
 
     async def _answer(self, line: _OpenLine) -> None:
         async with self.room.line():
@@ -214,3 +206,18 @@ class _Attempts:
                 self.answers[line.number] = result
             else:
                 self.claim.interrupt(Interruption.LOST)
+
+
+def _rounds(lines: Sequence[_OpenLine], deliveries: int) -> Iterator[Sequence[_OpenLine]]:
+    """All at once; but when the last worker ended before any was answered: one, then two, four and so on.
+
+    Each such time begins elsewhere. So a line that ends whoever runs it takes hardly any other with it.
+    """
+    if deliveries < _FIRST_RETRY:
+        yield lines
+        return
+    first = (deliveries - _FIRST_RETRY) * (len(lines) // 2) % max(len(lines), 1)
+    left, size = [*lines[first:], *lines[:first]], 1
+    while left:
+        yield left[:size]
+        left, size = left[size:], 2 * size
