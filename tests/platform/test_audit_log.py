@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -28,9 +28,12 @@ FAST = AuditConfig(store="memory", seal_s=0.01, backoff_s=0.01, max_backoff_s=0.
 class Observer:
     num_failures: int = 0
     entries: list[Entry] = field(default_factory=list)
+    on_end: Callable[[], None] = lambda: None
 
     def sealed(self, entries: list[Entry]) -> None:
         self.entries += entries
+        if entries[-1].kind is Kind.END:
+            self.on_end()
 
     def seal_failed(self) -> None:
         self.num_failures += 1
@@ -93,6 +96,16 @@ async def test_requests_are_sealed_soon_and_a_stop_says_so() -> None:
         assert it.told("request_id") == [f"request-{number}" for number in range(4)]
         assert len(it.observer.entries) == 6
         assert it.heads.known[CHAIN].last == 5
+
+
+async def test_nothing_comes_after_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    """A request that was cut off by a stop may unwind while the last record is being sealed."""
+    async with rig() as it:
+        it.observer.on_end = lambda: it.log.request_ended(trace())
+        await it.stop()
+        assert it.told("kind") == ["genesis", "end"]
+        assert it.buffer.num_lost == 1
+        assert "a record came after the end of the audit log" in caplog.messages
 
 
 async def test_a_full_segment_is_sealed_at_once() -> None:

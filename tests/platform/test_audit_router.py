@@ -24,7 +24,9 @@ from rempart_platform.oidc.values import OidcConfig
 from rempart_platform.router import serve
 from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redis
 from rempart_platform.tenancy.redis_client import connect_redis
+from rempart_platform.tenancy.tenants import TenantRegistry
 from rempart_platform.tenancy.testing import patient
+from rempart_platform.tenancy.usage import UsageReader
 from rempart_protos.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 MODEL = "tiny"
@@ -72,7 +74,12 @@ async def make_key(address: str) -> str:
 
 @asynccontextmanager
 async def audited_router(
-    folder: Path, model_folder: Path, engine: FakeEngine, oidc: OidcConfig | None = None, **changes: object
+    folder: Path,
+    model_folder: Path,
+    engine: FakeEngine,
+    oidc: OidcConfig | None = None,
+    drain_timeout_s: float = 5.0,
+    **changes: object,
 ) -> AsyncIterator[Audited]:
     audit = AuditConfig(store=f"file://{folder}", seal_s=0.05, backoff_s=0.01, max_backoff_s=0.05)
     config = RouterConfig(
@@ -81,7 +88,7 @@ async def audited_router(
         http_port=0,
         grpc_port=0,
         metrics_port=0,
-        drain_timeout_s=5.0,
+        drain_timeout_s=drain_timeout_s,
         redis_timeout_s=5.0,
         session=SessionConfig(backoff_initial_s=0.01),
         oidc=oidc or OidcConfig(),
@@ -189,6 +196,33 @@ async def test_a_router_whose_log_cannot_be_stored_refuses_acts_and_then_request
         await router.stopped
         assert (await router.check()).problems == []
         assert "not_begun" in [record["outcome"] for record in await router.records("outcome")]
+
+
+async def test_streams_that_a_drain_cuts_off_are_settled_and_in_the_log(
+    tmp_path: Path, byte_model_folder: Path, engine: FakeEngine
+) -> None:
+    engine.step_s = 0.02
+    async with audited_router(tmp_path, byte_model_folder, engine, drain_timeout_s=0.2) as router:
+        key = await router.make_key()
+        async with grpc.aio.insecure_channel(router.line["grpc"]) as channel, chat(key, router.line["http"]) as http:
+            request = inference_pb2.CompleteRequest(model=MODEL, text=PROMPT)
+            request.options.sampling.max_tokens = 2000
+            credentials = (("authorization", f"Bearer {key}"),)
+            call = inference_pb2_grpc.InferenceStub(channel).Complete(request, metadata=credentials)
+            await anext(aiter(call))
+            async with http.stream("POST", "/v1/completions", json=body(max_tokens=2000, stream=True)) as answer:
+                lines = answer.aiter_lines()
+                await anext(lines)
+                router.stop.set()
+                await router.stopped
+                async with connect_redis(patient(router.redis_url)) as redis:
+                    (used,) = await UsageReader(redis, TenantRegistry(redis)).read("acme")
+        assert (await router.check()).problems == []
+        records = await router.records("request")
+        assert [record["outcome"] for record in records] == ["client_closed_request"] * 2
+        assert [record["kind"] for record in await router.records()][-1] == "end"
+        assert used.requests == 2
+        assert used.completion_tokens == sum(int(str(record["completion_tokens"])) for record in records)
 
 
 async def test_who_comes_with_a_token_is_in_the_log_an_admin_by_name_a_tenant_by_digest(

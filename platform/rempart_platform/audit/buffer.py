@@ -1,12 +1,14 @@
 """What waits to be sealed: a list, for a request is not to wait for storage."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from rempart_platform.audit.chain import time_text
 from rempart_platform.audit.values import AuditConfig, Entry, Kind
 
+_logger = logging.getLogger(__name__)
 _DAY_S = 86_400
 
 
@@ -38,6 +40,7 @@ class AuditBuffer:
         self._num_lost_now = 0
         self._lost_since_s = 0.0
         self._num_refused_now = 0
+        self._has_ended = False
         self._wake = asyncio.Event()
         self.num_lost = 0
         """Records that nobody will ever see, in total."""
@@ -84,6 +87,11 @@ class AuditBuffer:
         self.wake()
         return sealed
 
+    def end(self) -> None:
+        """Keeps the last record; what comes after it is lost."""
+        self.add(Kind.END, {})
+        self._has_ended = True
+
     def wake(self) -> None:
         """Ends `wait_for_work` at once."""
         self._wake.set()
@@ -122,6 +130,10 @@ class AuditBuffer:
             self.add(Kind.OUTCOME, {"who": "", "outcome": "refused", "times": num_more})
 
     def _append(self, waiting: Waiting) -> None:
+        if self._has_ended:
+            self.num_lost += 1
+            _logger.error("a record came after the end of the audit log", extra={"fields": dict(waiting.entry.fields)})
+            return
         self._waiting.append(waiting)
         if len(self._waiting) == self._config.max_segment_records:
             self.wake()

@@ -13,7 +13,7 @@ from rempart_platform.audit.buffer import AuditBuffer
 from rempart_platform.audit.chain import ChainWriter, Segment
 from rempart_platform.audit.check import Head
 from rempart_platform.audit.store import STORE_ERRORS
-from rempart_platform.audit.values import AuditConfig, Entry, Kind
+from rempart_platform.audit.values import AuditConfig, Entry
 from rempart_platform.errors import RempartError
 
 _logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Sealer:
             else:
                 wait_s, backoff_s = backoff_s, min(2 * backoff_s, self._config.max_backoff_s)
         await self._seal_the_rest()
-        self._buffer.add(Kind.END, {})
+        self._buffer.end()
         await self._seal_the_rest()
 
     def stop(self) -> None:
