@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from rempart_platform.breaker import Breaker
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.tenancy.lua import Script
-from rempart_platform.tenancy.redis_connections import open_redis
+from rempart_platform.tenancy.redis_connections import is_lost_connection, open_redis
 
 T = TypeVar("T")
 ScriptReply: TypeAlias = "list[str | int | None]"
@@ -124,6 +124,10 @@ class RedisClient:
                 if error.__cause__ is None:  # keys of several slots: a mistake of ours
                     raise
                 raise self._away() from error  # no node of the cluster answers
+            except (AttributeError, TypeError) as error:
+                if not is_lost_connection(error):
+                    raise
+                raise self._away() from error
             self._breaker.record_success()
             return result
 

@@ -4,6 +4,7 @@ Behind Sentinels a connection that breaks asks them for the server of the moment
 and is left. A cluster's commands go to the node of their keys' slot, and follow it when it moves.
 """
 
+import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -51,6 +52,17 @@ async def open_redis(url: str, timeout_s: float, max_connections: int) -> AsyncI
         yield client
     finally:
         await client.aclose()
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether an AttributeError or TypeError only says that a connection was closed under whoever wrote to it.
+
+    redis-py 8.1 lets these out where it means a ConnectionError: by a peer that closes an idle connection, and by a
+    cluster's client that starts anew while others are in use. They come from its connection or from asyncio's.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    module: str = frames[-1].f_globals.get("__name__", "") if frames else ""
+    return module == "redis.asyncio.connection" or module.startswith("asyncio.")
 
 
 def _no_retry() -> Retry:
