@@ -14,6 +14,10 @@ from tests.chart.rendering import (
     render,
 )
 
+from rempart_platform.apis.http_limits import HttpLimits
+from rempart_platform.batch.values import BatchLimits
+from rempart_platform.config import RouterConfig
+
 PROVIDER = {path.stem: path for path in PROVIDERS}
 MODEL = {path.stem: path for path in MODELS}
 EVERY = Case((EVERYTHING,))
@@ -151,6 +155,24 @@ def test_gateways_and_ingresses_do_not_either() -> None:
         if each["kind"] == "Ingress":
             assert each["metadata"]["annotations"]["nginx.ingress.kubernetes.io/proxy-read-timeout"] == "3600"
             assert each["metadata"]["annotations"]["nginx.ingress.kubernetes.io/proxy-buffering"] == "off"
+
+
+def test_an_ingress_lets_every_file_through_that_routers_take_and_keeps_none_on_its_disk() -> None:
+    http = HttpLimits()
+    most = BatchLimits().max_file_bytes + http.max_form_parts * (http.max_part_head_bytes + http.max_field_bytes)
+    ingresses = [each for each in render(Case((SCALEWAY, INGRESS))) if each["kind"] == "Ingress"]
+    assert len(ingresses) == 2
+    for each in ingresses:
+        size = each["metadata"]["annotations"]["nginx.ingress.kubernetes.io/proxy-body-size"]
+        assert size.endswith("m")
+        assert int(size[:-1]) * 1024 * 1024 >= most
+        assert each["metadata"]["annotations"]["nginx.ingress.kubernetes.io/proxy-request-buffering"] == "off"
+
+
+def test_routers_keep_idle_connections_for_longer_than_proxies_do() -> None:
+    (router,) = find(render(EVERY), "Deployment", "rempart-router")["spec"]["template"]["spec"]["containers"]
+    idle_s = RouterConfig.from_args(router["args"]).http.idle_timeout_s
+    assert idle_s > max(60, 90)  # nginx, Traefik
 
 
 def test_changed_tenants_restart_routers_and_no_engine() -> None:

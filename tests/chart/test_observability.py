@@ -84,6 +84,11 @@ def test_scaling_to_zero_is_driven_by_what_routers_tell() -> None:
     (tokens, _, cache) = spec["triggers"]
     assert tokens["metadata"]["threshold"] == "40000"
     assert cache["metadata"]["threshold"] == "0.85"
+    # Another engine of the model must neither grow this one nor keep it from zero.
+    assert 'engine="llama"' in cache["metadata"]["query"]
+    assert find(render(EVERY), "PodMonitor")["spec"]["podMetricsEndpoints"][0]["relabelings"] == [
+        {"sourceLabels": ["__meta_kubernetes_pod_label_rempart_engine"], "targetLabel": "engine"}
+    ]
     assert cache["metadata"]["ignoreNullValues"] == "true"
 
 

@@ -1,6 +1,7 @@
 """What holds for every pod and every network policy, whatever the values."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -269,7 +270,7 @@ def reach(policy: Manifest) -> set[tuple[str, int]]:
     [
         (Case((EVERYTHING,)), "router", {
             ("dns", 53), ("169.254.20.10/32", 53), ("engine", 50051), ("10.1.2.0/28", 6380), ("10.96.0.1/32", 443),
-            ("203.0.113.0/24", 443), ("198.51.100.7/32", 443),
+            ("203.0.113.0/24", 443), ("198.51.100.7/32", 443), ("198.51.100.8/32", 443),
         }),
         (Case((SCALEWAY, INGRESS)), "engine", {("dns", 53), ("169.254.20.10/32", 53), ("0.0.0.0/0", 443)}),
     ],
@@ -282,6 +283,43 @@ def test_egress_is_exactly_what_is_needed(case: Case, component: str, expected: 
         and each["metadata"]["labels"].get("app.kubernetes.io/component") == component
     )
     assert reach(allow) == expected
+
+
+def test_the_api_server_is_reached_by_either_family_until_its_address_is_known() -> None:
+    allow = find(render(Case((IMAGE_VOLUME,))), "NetworkPolicy", "rempart-router")["spec"]
+    assert {("0.0.0.0/0", 6443), ("::/0", 6443)} <= reach(allow)
+
+
+def test_engines_hear_routers_prometheus_and_who_is_named() -> None:
+    manifests = render(Case((EVERYTHING,)))
+    _, clients, _ = find(manifests, "NetworkPolicy", "rempart-engine-llama")["spec"]["ingress"]
+    assert clients == {
+        "from": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "gateways"}}}],
+        "ports": [{"protocol": "TCP", "port": 50051}, {"protocol": "TCP", "port": 50052}],
+    }
+    closed = render(Case((SCALEWAY, INGRESS)))
+    (_, monitoring) = find(closed, "NetworkPolicy", "rempart-engine-smollm2")["spec"]["ingress"]
+    assert monitoring["ports"] == [{"protocol": "TCP", "port": 50052}]
+
+
+@pytest.mark.parametrize(
+    ("value", "of_the_router"), [("jobs-and-audit", "jobs-and-audit"), ("", "rempart-object-storage")]
+)
+def test_what_fetches_models_need_not_hold_what_writes_the_audit_log(value: str, of_the_router: str) -> None:
+    manifests = render(Case((EVERYTHING,)), f'objectStorage.routerCredentialsSecret="{value}"')
+    held: dict[str, set[str]] = defaultdict(set)
+    for _, pod in pods(manifests):
+        for container in containers(pod):
+            for variable in container.get("env", []):
+                if variable["name"].startswith("AWS_") and "valueFrom" in variable:
+                    held[container["name"]].add(variable["valueFrom"]["secretKeyRef"]["name"])
+    fetching = {"rempart-object-storage"}
+    assert held == {
+        "router": {of_the_router},
+        "fetch": fetching,
+        "tokenizer-llama": fetching,
+        "tokenizer-v32": fetching,
+    }
 
 
 def test_an_engine_whose_weights_are_there_reaches_nothing() -> None:
@@ -298,7 +336,7 @@ def test_the_built_in_redis_hears_routers_only_and_reaches_nothing() -> None:
 
 
 def test_every_config_map_secret_and_claim_that_is_mounted_is_there_or_named_by_a_value(renderings: Renderings) -> None:
-    by_value = {"audit-key", "llm-secrets", "models", "rempart-object-storage", "rempart-redis"}
+    by_value = {"audit-key", "jobs-and-audit", "llm-secrets", "models", "rempart-object-storage", "rempart-redis"}
     for case, manifests in renderings.items():
         made = {each["metadata"]["name"] for each in manifests} | by_value
         for name, pod in pods(manifests):

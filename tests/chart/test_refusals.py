@@ -127,13 +127,25 @@ def test_the_schema_refuses(wrong: str, named: str) -> None:
         (FULL, ('secrets.existingSecret="mine"',), "secrets.existingSecret:"),
         (BASE, ("router.service.sourceRanges=[]",), "router.service.sourceRanges:"),
         (BASE, ('router.oidc.issuer="https://login.example.org"',), "router.oidc.audience:"),
+        (FULL, ("networkPolicy.oidc.to=[]",), "networkPolicy.oidc.to:"),
         (BASE, ('hosts={"http": "", "grpc": ""}',), "hosts: name at least one"),
         (BASE, ('tls.secretName=""',), "tls.secretName:"),
-        (BASE, ('hosts.grpc="api.example.org"',), "hosts.grpc: an Ingress needs another name"),
+        (BASE, ('hosts.grpc="api.example.org"',), "hosts.grpc: needs another name"),
+        (FULL, ('hosts.grpc="api.example.org"',), "hosts.grpc: needs another name"),
         (BASE, ("gateway.enabled=true",), "gateway: give className"),
         (FULL, ('gateway.parent.name="shared"',), "gateway.parent:"),
         (FULL, ('tls.certManager.issuer=""',), "tls: certManager needs"),
         (FULL, ('inferencePool.endpointPicker.name=""',), "inferencePool.endpointPicker.name:"),
+        (FULL, ("networkPolicy.engine.clients=[]",), "networkPolicy.engine.clients:"),
+        (
+            FULL,
+            (
+                'engines.llama.weights.claim.name="models"',
+                claim("ReadWriteMany"),
+                f"{SMALL}.weights.claim.create=true",
+            ),
+            'engines.smollm2.weights.claim: llama makes "models" too',
+        ),
     ],
 )
 def test_what_cannot_work_together_is_refused(case: Case, wrong: tuple[str, ...], named: str) -> None:

@@ -79,17 +79,17 @@ preStop:
 {{ add (int64 .preStopS) (int64 .timeoutS) 15 }}
 {{- end -}}
 
-{{/* Where object storage is, and who asks. */}}
+{{/* Where object storage is, and who asks: rempart.objectStorageEnv (dict "root" $ "secret" $name) */}}
 {{- define "rempart.objectStorageEnv" -}}
-{{- with .Values.objectStorage.endpoint }}
+{{- with .root.Values.objectStorage.endpoint }}
 - name: AWS_ENDPOINT_URL
   value: {{ . | quote }}
 {{- end }}
-{{- with .Values.objectStorage.region }}
+{{- with .root.Values.objectStorage.region }}
 - name: AWS_REGION
   value: {{ . | quote }}
 {{- end }}
-{{- with $secret := include "rempart.objectStorageSecretName" . }}
+{{- with $secret := .secret }}
 {{- range $name := list "AWS_ACCESS_KEY_ID" "AWS_SECRET_ACCESS_KEY" }}
 - name: {{ $name }}
   valueFrom:

@@ -68,7 +68,7 @@ rempart.fetch (dict "root" $ "engine" $engine "name" "fetch" "image" $image "vol
   env:
     - name: HOME
       value: /tmp
-    {{- with include "rempart.objectStorageEnv" .root | trim }}
+    {{- with include "rempart.objectStorageEnv" (dict "root" .root "secret" (include "rempart.objectStorageSecretName" .root)) | trim }}
     {{- . | nindent 4 }}
     {{- end }}
   resources:
