@@ -45,7 +45,7 @@ from rempart_platform.tenancy.prices import PriceRegistry
 from rempart_platform.tenancy.queue_values import QueueConfig
 from rempart_platform.tenancy.quota import open_ledger
 from rempart_platform.tenancy.redis_client import RedisClient, RedisConfig, connect_redis
-from rempart_platform.tenancy.seed import apply_seed, read_seed
+from rempart_platform.tenancy.seed import apply_seed, read_seed, tell_nobody
 from rempart_platform.tenancy.standings import StandingAuthenticator, Standings
 from rempart_platform.tenancy.tenants import TenantRegistry
 from rempart_platform.tenancy.usage import UsageReader
@@ -74,9 +74,9 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
         redis = await stack.enter_async_context(connect_redis(_redis_config(config, secrets)))
         hasher = KeyHasher(secrets.key_pepper)
         keys = ApiKeyStore(redis, hasher)
-        if seed is not None:
-            await _sow(apply_seed(redis, seed, keys), stop)
         audit = await stack.enter_async_context(open_audit_log(config.audit, redis, registry, config_digest(config)))
+        if seed is not None:
+            await _sow(apply_seed(redis, seed, keys, audit.seeding if audit else tell_nobody), stop)
         ledger = await stack.enter_async_context(open_ledger(redis, config.quota, QuotaMetrics(metrics)))
         leadership = await stack.enter_async_context(open_leadership(config, registry))
         source = await stack.enter_async_context(open_source(config, DiscoveryMetrics(registry)))

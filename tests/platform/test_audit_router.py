@@ -1,10 +1,12 @@
 """A whole router with its audit log."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import grpc
 import httpx
@@ -77,9 +79,8 @@ async def audited_router(
     folder: Path,
     model_folder: Path,
     engine: FakeEngine,
-    oidc: OidcConfig | None = None,
-    drain_timeout_s: float = 5.0,
-    **changes: object,
+    of_router: Mapping[str, Any] = MappingProxyType({}),
+    **of_audit: Any,
 ) -> AsyncIterator[Audited]:
     audit = AuditConfig(store=f"file://{folder}", seal_s=0.05, backoff_s=0.01, max_backoff_s=0.05)
     config = RouterConfig(
@@ -88,12 +89,12 @@ async def audited_router(
         http_port=0,
         grpc_port=0,
         metrics_port=0,
-        drain_timeout_s=drain_timeout_s,
+        drain_timeout_s=5.0,
         redis_timeout_s=5.0,
         session=SessionConfig(backoff_initial_s=0.01),
-        oidc=oidc or OidcConfig(),
-        audit=replace(audit, **changes),  # type: ignore[arg-type]  # the tests name its fields
+        audit=replace(audit, **of_audit),
     )
+    config = replace(config, **of_router)
     ready: asyncio.Future[dict[str, object]] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
     async with embedded_redis(EmbeddedRedisConfig()) as redis:
@@ -198,11 +199,37 @@ async def test_a_router_whose_log_cannot_be_stored_refuses_acts_and_then_request
         assert "not_begun" in [record["outcome"] for record in await router.records("outcome")]
 
 
+async def test_what_the_tenants_file_changes_is_in_the_log(
+    tmp_path: Path, byte_model_folder: Path, engine: FakeEngine
+) -> None:
+    secret = f"rk_{7:016x}_{8:064x}"
+    (tmp_path / "secret").write_text(secret)
+    file = tmp_path / "tenants.toml"
+    file.write_text(
+        f"""
+        [plans.gold]
+        weight = 2
+        [tenants.acme]
+        plan = "gold"
+        [tenants.acme.keys.ci]
+        from_file = "{tmp_path}/secret"
+        """
+    )
+    async with audited_router(tmp_path, byte_model_folder, engine, {"tenants_file": str(file)}) as router:
+        router.stop.set()
+        await router.stopped
+        acts = await router.records("act")
+        assert {(record["act"], record["who"]) for record in acts} == {("apply_tenants_file", "tenants file")}
+        told = [(record["entry"], record["tenant"]) for record in acts]
+        assert told == [("plan gold", ""), ("tenant acme", "acme"), (f"key acme ci {7:016x}", "acme")]
+        assert secret[-64:] not in str(acts)
+
+
 async def test_streams_that_a_drain_cuts_off_are_settled_and_in_the_log(
     tmp_path: Path, byte_model_folder: Path, engine: FakeEngine
 ) -> None:
     engine.step_s = 0.02
-    async with audited_router(tmp_path, byte_model_folder, engine, drain_timeout_s=0.2) as router:
+    async with audited_router(tmp_path, byte_model_folder, engine, {"drain_timeout_s": 0.2}) as router:
         key = await router.make_key()
         async with grpc.aio.insecure_channel(router.line["grpc"]) as channel, chat(key, router.line["http"]) as http:
             request = inference_pb2.CompleteRequest(model=MODEL, text=PROMPT)
@@ -231,7 +258,7 @@ async def test_who_comes_with_a_token_is_in_the_log_an_admin_by_name_a_tenant_by
     with local_issuer() as issuer:
         issuer.keys["ed"] = new_key("EdDSA")
         oidc = OidcConfig(issuer=issuer.url, audience=AUDIENCE, admin_role="operator")
-        async with audited_router(tmp_path, byte_model_folder, engine, oidc) as router:
+        async with audited_router(tmp_path, byte_model_folder, engine, {"oidc": oidc}) as router:
             tenant, operator = issuer.token("ed", "EdDSA"), issuer.token("ed", "EdDSA", sub="grace", roles=["operator"])
             async with grpc.aio.insecure_channel(router.line["grpc"]) as channel:
                 admin = admin_pb2_grpc.AdminStub(channel)

@@ -69,6 +69,11 @@ class AuditLog:
         """
         self._buffer.add_refused(fields | {"who": "", "outcome": outcome})
 
+    def seeding(self, entry: str, tenant: str) -> None:
+        """Records that an entry of the tenants' file is about to be put in force; waits for nothing."""
+        fields = {"act": "apply_tenants_file", "who": "tenants file", "entry": cut(entry, _MAX_WHO_CHARS)}
+        self._buffer.add(Kind.ACT, fields | {"tenant": tenant})
+
     @asynccontextmanager
     async def act(self, who: str, request: Message, fields: dict[str, str]) -> AsyncIterator[None]:
         """Around an admin act: its record is sealed before the block begins, its outcome before the block is left.

@@ -114,15 +114,27 @@ def read_seed(path: Path, environ: Mapping[str, str] = os.environ) -> Seed:
     )
 
 
-async def apply_seed(redis: RedisClient, seed: Seed, keys: ApiKeyStore) -> None:
+def tell_nobody(entry: str, tenant: str) -> None:
+    """For a router without an audit log."""
+
+
+async def apply_seed(
+    redis: RedisClient, seed: Seed, keys: ApiKeyStore, tell: Callable[[str, str], None] = tell_nobody
+) -> None:
     """Puts in force what is new in a seed, waiting for Redis as long as it takes.
+
+    Args:
+        redis: where it is put in force.
+        seed: what the file says.
+        keys: makes its keys valid.
+        tell: told of every entry that is about to be put in force: what it is, and of which tenant, "" for none.
 
     Raises:
         SeedError: a name is not one, a tenant's plan is neither in the seed nor in Redis, or a key is another tenant's.
     """
     while True:
         try:
-            await _apply(redis, seed, keys)
+            await _apply(redis, seed, keys, tell)
         except RedisAwayError as error:
             await asyncio.sleep(error.retry_after_s or 1.0)
         except RempartError as error:
@@ -131,24 +143,26 @@ async def apply_seed(redis: RedisClient, seed: Seed, keys: ApiKeyStore) -> None:
             return
 
 
-async def _apply(redis: RedisClient, seed: Seed, keys: ApiKeyStore) -> None:
+async def _apply(redis: RedisClient, seed: Seed, keys: ApiKeyStore, tell: Callable[[str, str], None]) -> None:
     applied = await redis.read_hash(SEEDS)
     plans, tenants = PlanRegistry(redis), TenantRegistry(redis)
 
-    async def once(entry: str, said: object, put_in_force: Callable[[], Awaitable[None]]) -> None:
+    async def once(entry: str, said: object, put_in_force: Callable[[], Awaitable[None]], tenant: str = "") -> None:
         digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
         if applied.get(entry) != digest:
+            tell(entry, tenant)
             await put_in_force()
             await redis.write_hash(SEEDS, {entry: digest})
 
     for name, plan in seed.plans.items():
         await once(f"plan {name}", plan.written(), partial(_apply_plan, plans, name, plan))
     for name, tenant in seed.tenants.items():
-        await once(f"tenant {name}", tenant.written(), partial(_apply_tenant, tenants, plans, name, tenant))
+        await once(f"tenant {name}", tenant.written(), partial(_apply_tenant, tenants, plans, name, tenant), name)
         for key_name, key in tenant.keys.items():
             entry = f"key {name} {key_name}"
             said_before = applied.get(entry, "")
             if said_before != keys.describe(key):
+                tell(f"{entry} {key_id_of(key)}", name)
                 await keys.adopt(name, key)
                 await _revoke_other(keys, said_before.partition(" ")[0], key)
                 await redis.write_hash(SEEDS, {entry: keys.describe(key)})
