@@ -10,8 +10,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
+import hiredis
 from redis import exceptions
-from redis.asyncio import Redis
+from redis.asyncio import ConnectionPool, Redis
 
 from rempart_platform.breaker import Breaker
 from rempart_platform.errors import ErrorKind, RempartError
@@ -204,10 +205,7 @@ async def _run_script(redis: Redis, script: Script, keys: Sequence[str], args: S
 
 async def _run_scripts(redis: Redis, batch: Sequence[_Asked]) -> list[_Outcome]:
     """In one round trip. Raises what says that the server is away, when it says so to all."""
-    pipeline = redis.pipeline(transaction=False)
-    for asked in batch:
-        pipeline.execute_command("EVALSHA", asked.script.sha1, len(asked.keys), *asked.keys, *asked.args)
-    replies: list[_Outcome] = await pipeline.execute(raise_on_error=False)
+    replies = await _exchange(redis.connection_pool, [_evalsha(asked) for asked in batch])
     for position, (asked, reply) in enumerate(zip(batch, replies, strict=True)):
         if isinstance(reply, exceptions.NoScriptError):
             try:
@@ -216,6 +214,32 @@ async def _run_scripts(redis: Redis, batch: Sequence[_Asked]) -> list[_Outcome]:
                 replies[position] = error
     if all(isinstance(reply, _AWAY) for reply in replies) and isinstance(replies[0], Exception):
         raise replies[0]
+    return replies
+
+
+def _evalsha(asked: _Asked) -> bytes:
+    """By hiredis, and not by redis-py's own pipeline, which takes five times as long for so many arguments."""
+    command = ("EVALSHA", asked.script.sha1, len(asked.keys), *asked.keys, *asked.args)
+    packed: bytes = hiredis.pack_command(command)  # type: ignore[arg-type]  # its stub says: a tuple of one
+    return packed
+
+
+async def _exchange(pool: ConnectionPool, commands: Sequence[bytes]) -> list[_Outcome]:
+    """All of them up, then all replies down. Whatever else than a reply comes ends the connection."""
+    connection = await pool.get_connection()  # type: ignore[no-untyped-call]
+    replies: list[_Outcome] = []
+    try:
+        await connection.send_packed_command([b"".join(commands)])
+        for _ in commands:
+            try:
+                replies.append(await connection.read_response())
+            except exceptions.ResponseError as error:
+                replies.append(error)
+    except BaseException:
+        await connection.disconnect(nowait=True)  # replies may be left on it
+        raise
+    finally:
+        await pool.release(connection)
     return replies
 
 
