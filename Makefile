@@ -11,7 +11,7 @@ GPU_PYTHON ?= $(BIN)/python
 GPU_INSTALLED := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED))
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-cpu test-triton test-gpu test-slow compile-kernels check format protos bench bench-dsa bench-queue bench-gpu locks sbom clean
+.PHONY: help up test test-cpu test-triton test-gpu test-slow compile-kernels check format protos bench bench-dsa bench-queue bench-isolation bench-routers bench-gpu locks sbom clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -66,6 +66,12 @@ bench-dsa: $(INSTALLED) ## dense against sparse attention of one DeepSeek-V3.2 l
 
 bench-queue: $(INSTALLED) ## one Lua call of the fair queue, from 1,000 requests that wait to 200,000, in two minutes
 	$(BIN)/python bench/fair_queue.py $(ARGS)
+
+bench-isolation: $(INSTALLED) ## a light tenant's time to the first token, alone and beside one that floods
+	$(BIN)/python bench/tenant_isolation.py $(ARGS)
+
+bench-routers: $(INSTALLED) ## the router beside LiteLLM's and vLLM's, each on one core (quiet machine, please)
+	$(BIN)/python bench/routers.py $(ARGS)
 
 bench-gpu: $(GPU_INSTALLED) ## kernels, one layer's attention and a slice of DeepSeek-V3.2 on this machine's GPU, in nine minutes
 	PYTHONPATH=engine:platform:protos $(GPU_PYTHON) bench/gpu.py $(ARGS)
