@@ -107,6 +107,7 @@ def test_the_schema_refuses(wrong: str, named: str) -> None:
         (BASE, (f"{SMALL}.autoscaling.enabled=true", "metrics.monitors=true"), "metrics.prometheusAddress:"),
         (FULL, ("router.holdWithoutEngineS=0",), "router.holdWithoutEngineS: must be above 0"),
         (FULL, ("engines.smollm2.autoscaling.minReplicas=0",), "a HorizontalPodAutoscaler cannot go to 0"),
+        (FULL, (f'{SMALL}.model.name="acme/smollm2"',), "engines.smollm2.autoscaling.by: a HorizontalPodAutoscaler"),
         (FULL, ("engines.llama.autoscaling.minReplicas=7",), "engines.llama.autoscaling.minReplicas: is above"),
         (
             FULL,

@@ -14,7 +14,7 @@ _TOKENS = re.compile(
   | (?P<number>\b\d[\w.]*)
   | (?P<function>[a-zA-Z_]\w*\s*(?=\())
   | (?P<word>\b(?:and|or|unless|bool|offset|inf|nan)\b)
-  | (?P<bare_aggregation>\b(?:sum|min|max|avg|count)\b(?=\s*(?:by|without)\b))
+  | (?P<bare_aggregation>\b(?:sum|min|max|avg|count|group)\b(?=\s*(?:by|without)\b))
   | (?P<selector>[a-zA-Z_:][\w:]*(?:\{[^}]*\})?)
     """,
     re.VERBOSE | re.IGNORECASE,
