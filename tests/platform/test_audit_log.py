@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -152,6 +153,20 @@ async def test_while_the_storage_is_away_records_wait_and_then_new_requests_are_
         assert it.told("request_id") == [f"request-{number}" for number in range(4)]
         assert it.told("lost") == [1]
         assert it.observer.num_failures >= 1
+
+
+async def test_a_tenant_that_is_refused_again_and_again_leaves_room_for_the_others() -> None:
+    async with rig(replace(FAST, max_buffered=10), is_away=True) as it:
+        await asyncio.wait_for(it.segments.tried.wait(), 10)
+        for number in range(100):
+            it.log.request_ended(trace(number, endpoints=()))
+        assert len(it.buffer) == 5
+        it.log.require_room()
+        it.log.request_ended(trace(100))
+        it.segments.is_away = False
+        await it.stop()
+        assert it.told("request_id") == [*(f"request-{number}" for number in range(4)), "request-100"]
+        assert it.told("lost") == [96]
 
 
 async def test_dropping_goes_on_counts_and_leaves_a_gap_in_its_place() -> None:
@@ -302,8 +317,9 @@ def test_a_requests_record_holds_neither_its_tokens_nor_what_the_client_chose() 
         {"max_refused_acts": 0},
         {"seal_s": 0.0},
         {"max_backoff_s": 0.0},
+        {"signing_key": "key.pem"},
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
+def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="--audit-" + next(iter(wrong)).replace("_", "-")):
-        replace(AuditConfig(), **wrong)  # type: ignore[arg-type]
+        replace(AuditConfig(), **wrong)

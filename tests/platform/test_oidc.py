@@ -16,6 +16,7 @@ import grpc
 import httpx
 import jwt
 import pytest
+from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
@@ -403,6 +404,12 @@ ODD_KEYS: dict[str, dict[str, object]] = {
 async def test_an_odd_key_does_not_keep_the_others_away(issuer: Issuer, odd: dict[str, object]) -> None:
     issuer.answers["/keys"] = _document(keys=[odd, to_jwk(RSA, kid="rsa")])
     assert list(await fetch_keys(config_of(issuer))) == ["rsa"]
+
+
+@pytest.mark.filterwarnings("ignore::jwt.InsecureKeyLengthWarning")
+async def test_a_key_so_short_that_it_can_be_broken_signs_nothing(issuer: Issuer) -> None:
+    issuer.keys["short"] = generate_private_key(65537, 1024)
+    assert (await Rig(config_of(issuer)).refusal(issuer.token("short"))).kind is ErrorKind.INVALID_API_KEY
 
 
 async def test_redirects_are_not_followed(issuer: Issuer) -> None:

@@ -25,7 +25,7 @@ class AdminAuthenticator(Protocol):
     """Operators, for the Admin service."""
 
     async def authenticate(self, bearer: str) -> str:
-        """Who asks, for the log and the audit. Raises RempartError INVALID_API_KEY."""
+        """Who asks, for the audit log. Raises RempartError INVALID_API_KEY."""
         ...
 
 

@@ -60,9 +60,9 @@ class AuditBuffer:
                 return waiting[0].entry.at_s
         return None
 
-    def add(self, kind: Kind, fields: Mapping[str, object], *, may_be_lost: bool = False) -> None:
-        """Keeps a record, unless there is no room and it may be lost."""
-        if may_be_lost and self.is_full:
+    def add(self, kind: Kind, fields: Mapping[str, object], *, room: int | None = None) -> None:
+        """Keeps a record; one that may be lost only while fewer than `room` wait."""
+        if room is not None and len(self) >= room:
             self.lose()
             return
         self._append(Waiting(Entry(self._clock(), kind, fields)))
@@ -71,7 +71,7 @@ class AuditBuffer:
         """Keeps the outcome of an act of somebody without the right, of the first `max_refused_acts` until a seal."""
         self._num_refused_now += 1
         if self._num_refused_now <= self._config.max_refused_acts:
-            self.add(Kind.OUTCOME, fields, may_be_lost=True)
+            self.add(Kind.OUTCOME, fields, room=self._config.room_for_refused)
 
     def lose(self) -> None:
         """Counts a record for which there is no room."""

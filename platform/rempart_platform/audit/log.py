@@ -59,8 +59,10 @@ class AuditLog:
     def request_ended(self, trace: RequestTrace) -> None:
         """Records a request once, at its end; waits for nothing."""
         # What no engine saw may be lost in a flood; what one worked for was promised a record when it was admitted.
-        may_be_lost = self._config.when_full == "drop" or not trace.endpoints
-        self._buffer.add(Kind.REQUEST, request_fields(trace), may_be_lost=may_be_lost)
+        room = self._config.max_buffered if self._config.when_full == "drop" else None
+        if not trace.endpoints:
+            room = self._config.room_for_refused
+        self._buffer.add(Kind.REQUEST, request_fields(trace), room=room)
 
     def act_refused(self, fields: dict[str, str], outcome: str) -> None:
         """Records that somebody without the right asked for an admin act; waits for nothing.

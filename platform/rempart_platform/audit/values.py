@@ -24,7 +24,10 @@ class AuditConfig:
     max_segment_records: int = 2_000
     """A segment is sealed as soon as it has so many."""
     max_buffered: int = 100_000
-    """Records that wait while the store does not take them; what happens then says `when_full`."""
+    """Records that wait while the store does not take them, of 1 to 2 KB each; then `when_full` says what happens.
+
+    What was refused takes half of it at most: nobody fills the log for the others with requests that nobody serves.
+    """
     max_refused_acts: int = 100
     """Admin calls without the right that are recorded between two seals; further ones are counted. Anybody can call."""
     when_full: Literal["refuse", "drop"] = "refuse"
@@ -47,9 +50,16 @@ class AuditConfig:
                 raise ValueError(f"--audit-{name.replace('_', '-')} must be at least 1")
         if self.max_segment_records > _MOST_SEGMENT_RECORDS:
             raise ValueError(f"--audit-max-segment-records must be at most {_MOST_SEGMENT_RECORDS}")
+        if self.signing_key and not self.store:
+            raise ValueError("--audit-signing-key goes with --audit-store")
         for name in ("seal_s", "act_timeout_s", "put_timeout_s", "backoff_s", "max_backoff_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--audit-{name.replace('_', '-')} must be above 0")
+
+    @property
+    def room_for_refused(self) -> int:
+        """Half of `max_buffered`, and at least one."""
+        return (self.max_buffered + 1) // 2
 
 
 class Kind(StrEnum):
