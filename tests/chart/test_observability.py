@@ -92,6 +92,24 @@ def test_scaling_to_zero_is_driven_by_what_routers_tell() -> None:
     assert cache["metadata"]["ignoreNullValues"] == "true"
 
 
+def test_a_horizontal_autoscaler_divides_sums_and_compares_means() -> None:
+    """Its `AverageValue` is the metric by the replicas: of a mean, that would shrink with every replica."""
+    metrics = find(render(EVERY), "HorizontalPodAutoscaler")["spec"]["metrics"]
+    targets = {each["external"]["metric"]["name"]: each["external"]["target"] for each in metrics}
+    assert targets == {
+        "rempart_model_tokens": {"type": "AverageValue", "averageValue": "100000"},
+        "rempart_model_cache_use": {"type": "Value", "value": "700m"},
+    }
+    recorded = {rule["record"]: rule["expr"] for rule in _recordings("recording-autoscaling")}
+    assert recorded["rempart:model_tokens:sum"].startswith("sum by (namespace, model)")
+    assert recorded["rempart:kv_usage:avg"].startswith("avg by (namespace, model)")
+
+
+def _recordings(name: str) -> list[dict[str, str]]:
+    (group,) = yaml.safe_load((CHART / "rules" / f"{name}.yaml").read_text())["groups"]
+    return list(group["rules"])
+
+
 def test_monitors_find_the_ports_of_routers_and_engines() -> None:
     manifests = render(EVERY)
     service = find(manifests, "Service", "rempart-router-metrics")
