@@ -120,13 +120,13 @@ async def test_a_server_that_is_silent_beyond_the_watch_is_given_up(api: FakeKub
 @pytest.mark.parametrize("way", ["clean", "broken"])
 async def test_watches_that_end_at_once_are_neither_trusted_nor_hammered(api: FakeKubernetes, way: str) -> None:
     api.faults.cuts = way  # type: ignore[assignment]  # one of its values
-    config = KubernetesConfig(backoff_initial_s=0.1, backoff_max_s=0.2, relist_s=1.0)
+    config = KubernetesConfig(backoff_initial_s=0.1, backoff_max_s=0.2, relist_s=0.5)
     async with following(api, config) as told:
         await api.wait_for(lambda api: api.num_watches == 5)
         await api.put_slice("engines-a", "engines", endpoint("10.0.0.3"))
         await told.wait_for_set(at("10.0.0.3"))
         await api.wait_for(lambda api: api.num_lists >= 4)
-        assert api.num_watches <= api.num_lists * 20  # of which each took a second, and each watch 0.05 s at least
+        assert api.num_watches <= api.num_lists * 20  # of which each took half a second, and each watch 0.05 s
 
 
 async def test_a_watch_that_breaks_misses_nothing(api: FakeKubernetes) -> None:

@@ -54,7 +54,7 @@ class Rig:
 
     async def let_all_try(self) -> None:
         """Returns when the API was asked often enough for every candidate to have tried."""
-        for _ in range(8):
+        for _ in range(6):
             await self.api.wait_for_request()
 
 

@@ -130,15 +130,18 @@ class EnginePool:
 
     def states(self) -> tuple[EndpointState, ...]:
         """All endpoints at this moment. May be called from any thread."""
-        return tuple(member.state for member in tuple(self._members.values()))
+        return tuple(self._each_state())
 
     def is_served(self, model: str) -> bool:
         """Whether some endpoint is ready for the model, be it left out for a while."""
-        return any(serves(state, model) for state in self.states())
+        return any(serves(state, model) for state in self._each_state())
 
     def can_serve(self, model: str, avoid: Collection[str] = ()) -> bool:
         """Whether some endpoint other than those to avoid can take a request for the model now."""
-        return any(can_take(state, model) and state.address not in avoid for state in self.states())
+        return any(can_take(state, model) and state.address not in avoid for state in self._each_state())
+
+    def _each_state(self) -> Iterator[EndpointState]:
+        return (member.state for member in tuple(self._members.values()))
 
     @contextmanager
     def pick(self, request: PickRequest, avoid: Collection[str] = ()) -> Iterator[Attempt]:
