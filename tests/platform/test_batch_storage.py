@@ -1,5 +1,6 @@
 """What batch jobs ask of a folder and of a bucket."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.object_store import ObjectStore, open_object_store
 from rempart_platform.tenancy.testing import own_redis
 
+ACCESS = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "fr-par"}
 LARGE = 6 * 1024 * 1024  # more than one part of an upload
 
 
@@ -26,8 +28,7 @@ class Bucket:
 
     @property
     def environ(self) -> dict[str, str]:
-        access = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "fr-par"}
-        return {**access, "AWS_ENDPOINT_URL": self.endpoint}
+        return {**ACCESS, "AWS_ENDPOINT_URL": self.endpoint}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,37 @@ async def test_a_stream_that_breaks_leaves_nothing(store: ObjectStore) -> None:
         await storage.put_stream("broken", broken())
     with pytest.raises(MissingObjectError):
         await storage.get("broken")
+
+
+async def test_an_upload_holds_few_parts_while_the_bucket_is_slow() -> None:
+    begun = b"<InitiateMultipartUploadResult><Bucket/><Key/><UploadId>1</UploadId></InitiateMultipartUploadResult>"
+    parts = asyncio.Semaphore(0)
+    may_end = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if (await reader.readuntil(b"\r\n\r\n")).startswith(b"POST"):
+            head = f"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {len(begun)}\r\n\r\n"
+            writer.write(head.encode() + begun)
+        else:
+            parts.release()
+            await may_end.wait()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1")
+    host, port = server.sockets[0].getsockname()
+    environ = {**ACCESS, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    storage = BatchStorage(open_object_store("s3://bucket", environ))
+    async with server:
+        upload = asyncio.create_task(storage.put_stream("x", in_pieces(b"x" * 10 * LARGE)))
+        async with asyncio.timeout(10):
+            for _ in range(2):
+                await parts.acquire()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await parts.acquire()
+        upload.cancel()
+        await asyncio.wait({upload})
+        may_end.set()
 
 
 async def test_a_storage_that_does_not_answer_is_an_answer_of_ours() -> None:

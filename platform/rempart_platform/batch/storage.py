@@ -16,6 +16,8 @@ from rempart_platform.object_store import ObjectStore
 
 _RETRY_AFTER_S = 2.0
 _PIECE_BYTES = 1024 * 1024
+_PARTS_IN_FLIGHT = 2
+"""Of 5 MiB each, in memory until the storage has them: however slow it is, an upload holds no more."""
 
 
 class MissingObjectError(Exception):
@@ -45,7 +47,7 @@ class BatchStorage:
     async def put_stream(self, path: str, pieces: AsyncIterator[bytes]) -> None:
         """Keeps all that comes, in place of what was there. Nothing changes when it fails or is cancelled."""
         with _our_errors():
-            await obstore.put_async(self._store, path, pieces)
+            await obstore.put_async(self._store, path, pieces, max_concurrency=_PARTS_IN_FLIGHT)
 
     async def get(self, path: str) -> bytes:
         with _our_errors():
