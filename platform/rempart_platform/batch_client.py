@@ -12,6 +12,8 @@ from rempart_protos.v1 import batch_pb2, batch_pb2_grpc
 
 _TIMEOUT_S = 10.0
 _CHUNK_BYTES = 256 * 1024
+_CHANNEL_OPTIONS = (("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000))
+"""Uploads and downloads may take any time; a router that is gone without a word ends them all the same."""
 
 
 class BatchClient:
@@ -70,7 +72,7 @@ class BatchClient:
 @contextmanager
 def open_batches(address: str, key: str) -> Iterator[BatchClient]:
     """A client of the router at `address`; nothing is sent before the first call."""
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
         yield BatchClient(batch_pb2_grpc.BatchesStub(channel), key)
 
 

@@ -10,6 +10,7 @@ from rempart_platform.admin_console import DEFAULT_ADDRESS, Address, AsJson, pri
 
 if TYPE_CHECKING:
     from rempart_platform.batch_client import BatchClient
+    from rempart_platform.batch_run import ResultPaths
     from rempart_protos.v1 import batch_pb2
 
 batches = typer.Typer(help="Batch jobs: a file of requests in, a file of answers out.", no_args_is_help=True)
@@ -32,7 +33,8 @@ def run(  # noqa: PLR0913 - a flag is a parameter
     key: _Key,
     address: Address = DEFAULT_ADDRESS,
     endpoint: Annotated[
-        str | None, typer.Option(help="What the lines call; the first line's when not given.", show_default=False)
+        str | None,
+        typer.Option(help="What the lines call; the first line's when not given, a pipe's: chat.", show_default=False),
     ] = None,
     window: Annotated[str, typer.Option(help="Hours after which the batch ends with what it has.")] = "24h",
     metadata: Annotated[
@@ -50,7 +52,7 @@ def run(  # noqa: PLR0913 - a flag is a parameter
     from rempart_platform.batch_run import BatchRun, ResultPaths, run_batch
 
     results = ResultPaths.beside(requests, output, errors)
-    _refuse_to_replace(None if overwrite else results.taken())
+    _check_results(results, overwrite)
     labels = dict(_label(text) for text in metadata or ())
     started: list[str] = []
 
@@ -113,7 +115,7 @@ def download(
     from rempart_platform.batch_run import FINAL_STATUSES, ResultPaths, download_results, status_text
 
     results = ResultPaths.beside(Path(batch_id), output, errors)
-    _refuse_to_replace(None if overwrite else results.taken())
+    _check_results(results, overwrite)
 
     def fetch(client: "BatchClient") -> list[Path]:
         batch = client.get(batch_id)
@@ -143,9 +145,13 @@ def _call(address: str, key: str, act: "Callable[[BatchClient], _T]") -> _T:
     raise typer.Exit(1)
 
 
-def _refuse_to_replace(path: Path | None) -> None:
-    if path is not None:
-        typer.echo(f"rempart: {path} exists; --overwrite replaces it", err=True)
+def _check_results(results: "ResultPaths", overwrite: bool) -> None:
+    """Before anything is done whose results would be lost."""
+    if results.output == results.errors:
+        raise typer.BadParameter("answers and errors need a file each", param_hint="--output, --errors")
+    taken = None if overwrite else results.taken()
+    if taken is not None:
+        typer.echo(f"rempart: {taken} exists; --overwrite replaces it", err=True)
         raise typer.Exit(2)
 
 

@@ -129,9 +129,11 @@ def _wait(client: BatchClient, batch: batch_pb2.Batch, poll_s: float, shown: _Sh
 
 def _endpoint_of(path: Path) -> str:
     """What the first line calls. A line that does not say it is refused later, with a reason."""
+    if not path.is_file():
+        return DEFAULT_ENDPOINT  # what is read of a pipe here, the upload would miss
     with path.open("rb") as lines:
         try:
             url = json.loads(lines.readline(_MAX_PEEK_BYTES))["url"]
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             url = None
     return url if isinstance(url, str) else DEFAULT_ENDPOINT

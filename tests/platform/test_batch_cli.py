@@ -153,12 +153,27 @@ async def test_a_refusal_is_one_line(requests: Path, large: Path, tmp_path: Path
             "No such file": await sh.run("run", str(tmp_path / "none.jsonl")),
         }
         label = await sh.run("run", str(requests), "--metadata", "nightly")
+        same = await sh.run("run", str(requests), "--output", "x", "--errors", "x")
     for word, ended in refused.items():
         assert (ended.returncode, ended.stdout, len(ended.stderr.splitlines())) == (1, "", 1)
         assert word in ended.stderr
     assert "max_file_bytes" in refused["INVALID_ARGUMENT"].stderr
     assert (label.returncode, "is not KEY=VALUE" in label.stderr) == (2, True)
+    assert (same.returncode, "a file each" in same.stderr) == (2, True)
     assert sh.files.stored == {}
+
+
+async def test_nothing_of_a_pipe_is_lost(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    async with shell() as sh:
+        sh.batches.works = True
+        async with asyncio.timeout(30):
+            _, ended = await asyncio.gather(
+                asyncio.to_thread(pipe.write_text, "".join(LINES)), sh.run("run", str(pipe), "--poll-s", "0.01")
+            )
+        (batch,) = sh.batches.kept.values()
+    assert sh.files.stored[batch.input_file_id][1].decode() == "".join(LINES), ended.stderr
 
 
 async def test_a_download_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
