@@ -8,14 +8,16 @@ import pytest
 
 from rempart_platform.batch.config import BatchConfig
 from rempart_platform.batch.storage import MissingObjectError, file_path
-from rempart_platform.batch.testing import BatchRig, in_pieces, request_line
-from rempart_platform.batch.values import BatchLimits
+from rempart_platform.batch.testing import CALLER, ENDPOINT, BatchRig, as_input, in_pieces, request_line
+from rempart_platform.batch.values import MAX_PIECE_BYTES, BatchLimits
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.tenancy.batch_keys import UPLOADS
 from rempart_platform.tenancy.redis_client import RedisClient
 from rempart_platform.tenancy.testing import own_redis
 
-CONFIG = BatchConfig(limits=BatchLimits(max_file_bytes=1000, max_files_per_tenant=3, file_lifetime_s=500))
+CONFIG = BatchConfig(
+    limits=BatchLimits(max_file_bytes=1000, max_files_per_tenant=3, max_uploads_per_tenant=6, file_lifetime_s=500)
+)
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ async def content_of(rig: BatchRig, tenant: str, file_id: str) -> bytes:
 
 async def test_what_is_uploaded_is_listed_and_read_by_its_tenant_alone(rig: BatchRig) -> None:
     first = await rig.files.create("acme", "ä name.jsonl", "batch", in_pieces(b"one\n" * 200, 7))
-    second = await rig.files.create("acme", "two", "other", in_pieces(b""), lifetime_s=0)
+    second = await rig.files.create("acme", "two", "other", in_pieces(b""), lifetime_s=lambda: 0)
     assert (first.num_bytes, first.created_s, first.expires_s) == (800, 1_000_000, 1_000_500)
     assert (second.num_bytes, second.expires_s) == (0, 0)
     assert await rig.files.get("acme", first.file_id) == first
@@ -99,6 +101,66 @@ async def test_a_tenant_may_have_as_many_files_and_no_more(rig: BatchRig) -> Non
     assert len(objects(rig)) == len(await rig.files.list("acme")) == 3
     assert await num_noted(rig) == 0
     await rig.upload(b"x", "globex")
+
+
+async def test_a_tenant_may_have_as_many_uploads_at_a_time_and_no_more(rig: BatchRig) -> None:
+    has_begun, may_end = asyncio.Semaphore(0), asyncio.Event()
+
+    async def content() -> AsyncIterator[bytes]:
+        has_begun.release()
+        await may_end.wait()
+        yield b"x"
+
+    uploads = [asyncio.create_task(rig.files.create("acme", "x", "batch", content())) for _ in range(6)]
+    for _ in uploads:
+        await has_begun.acquire()
+    with pytest.raises(RempartError, match="max_uploads_per_tenant") as caught:
+        await rig.upload(b"x")
+    assert caught.value.kind is ErrorKind.RATE_LIMIT_EXCEEDED
+    await rig.upload(b"x", "globex")
+    uploads[0].cancel()
+    may_end.set()
+    ended = await asyncio.gather(*uploads, return_exceptions=True)
+    assert sum(isinstance(each, RempartError) for each in ended) == 2, "no more than the files that it may have"
+    await rig.files.delete("acme", (await rig.files.list("acme"))[0].file_id)
+    await rig.upload(b"x")
+
+
+async def test_a_content_comes_in_pieces_that_are_not_too_large(rig: BatchRig) -> None:
+    content = bytes(range(256)) * 5000
+    file = await rig.files.put(await rig.files.get("acme", await rig.upload(b"")), in_pieces(content))
+    pieces = [piece async for piece in rig.files.read(file)]
+    assert b"".join(pieces) == content
+    assert 0 < min(map(len, pieces)) <= max(map(len, pieces)) <= MAX_PIECE_BYTES
+
+
+async def test_a_lifetime_is_asked_for_when_the_content_is_whole(rig: BatchRig) -> None:
+    has_ended = False
+
+    async def content() -> AsyncIterator[bytes]:
+        nonlocal has_ended
+        yield b"x"
+        has_ended = True
+
+    file = await rig.files.create("acme", "x", "batch", content(), lifetime_s=lambda: 7 if has_ended else 5)
+    assert file.expires_s == file.created_s + 7
+
+
+@pytest.mark.parametrize(("asked_s", "kept_s"), [(None, 500), (40, 40)])
+async def test_results_are_kept_as_long_as_the_batch_says(rig: BatchRig, asked_s: int | None, kept_s: int) -> None:
+    batch = await rig.batches.create(
+        CALLER,
+        input_file_id=await rig.upload(as_input([request_line(1)])),
+        endpoint=ENDPOINT,
+        completion_window_s=3600,
+        metadata={},
+        output_lifetime_s=asked_s,
+    )
+    assert batch.output_lifetime_s == (await rig.reload(batch)).output_lifetime_s == asked_s
+    async with rig.working():
+        batch = await rig.ended(batch)
+    output = await rig.files.get("acme", batch.output_file_id)
+    assert output.expires_s == output.created_s + kept_s
 
 
 async def test_a_file_that_has_expired_is_not_there_and_a_janitor_removes_it(rig: BatchRig) -> None:

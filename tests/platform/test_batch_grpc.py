@@ -12,7 +12,7 @@ from rempart_platform.apis.batch_testing import NOW_S, FakeBatches, FakeFiles, b
 from rempart_platform.apis.grpc_limits import GrpcLimits
 from rempart_platform.apis.http_limits import HttpLimits
 from rempart_platform.apis.testing import CALLER, KEY, OTHER_KEY, FakeDispatcher, fake_services
-from rempart_platform.batch.values import BatchLimits, BatchStatus, InputError, LineCounts
+from rempart_platform.batch.values import MAX_PIECE_BYTES, BatchLimits, BatchStatus, InputError, LineCounts
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_protos.v1 import batch_pb2, batch_pb2_grpc
 
@@ -86,15 +86,13 @@ async def test_a_files_life() -> None:
     assert files.stored == {}
 
 
-async def test_a_large_file_comes_back_in_pieces_that_fit() -> None:
+async def test_a_large_file_comes_back_whole() -> None:
     files = FakeFiles()
-    files.piece_bytes = 6_000_000
+    files.piece_bytes = MAX_PIECE_BYTES
     whole = bytes(range(256)) * 20_000
     file_id = files.add(CALLER.tenant, whole).file_id
     async with stub_of(files) as stub:
-        pieces = await downloaded(stub, file_id)
-        assert b"".join(pieces) == whole
-        assert max(map(len, pieces)) <= 256 * 1024
+        assert b"".join(await downloaded(stub, file_id)) == whole
         assert await downloaded(stub, files.add(CALLER.tenant, b"").file_id) == []
 
 
@@ -193,7 +191,7 @@ async def test_nothing_is_kept_of_a_client_that_goes_midway() -> None:
 
 async def test_a_download_that_is_not_read_is_cut() -> None:
     files = FakeFiles()
-    files.piece_bytes = 1_000_000
+    files.piece_bytes = MAX_PIECE_BYTES
     file_id = files.add(CALLER.tenant, b"x" * 20_000_000).file_id
     async with stub_of(files, grpc_limits=GrpcLimits(write_timeout_s=0.3)) as stub:
         call = stub.DownloadFile(batch_pb2.DownloadFileRequest(file_id=file_id), metadata=AUTH)
@@ -217,7 +215,9 @@ async def test_a_batchs_life() -> None:
     batches = FakeBatches(files)
     file_id = files.add(CALLER.tenant, CONTENT).file_id
     async with stub_of(files, batches) as stub:
-        request = batch_pb2.CreateBatchRequest(input_file_id=file_id, endpoint=CHAT, metadata={"job": "nightly"})
+        request = batch_pb2.CreateBatchRequest(
+            input_file_id=file_id, endpoint=CHAT, metadata={"job": "nightly"}, output_lifetime_s=7200
+        )
         created = await stub.CreateBatch(request, metadata=AUTH)
         kept = batches.kept[created.batch_id]
         assert (kept.caller, kept.completion_window_s, kept.metadata) == (CALLER, 86_400, {"job": "nightly"})
@@ -228,6 +228,7 @@ async def test_a_batchs_life() -> None:
             input_file_id=file_id,
             completion_window="24h",
             metadata={"job": "nightly"},
+            output_lifetime_s=7200,
             counts=batch_pb2.LineCounts(),
             created_s=kept.created_s,
             expires_s=kept.expires_s,
@@ -285,6 +286,8 @@ async def test_batches_come_in_pages_newest_first() -> None:
         {"endpoint": ""},
         {"completion_window": "169h"},
         {"completion_window": "1d"},
+        {"output_lifetime_s": 3599},
+        {"output_lifetime_s": 0},
         {"metadata": {str(number): "" for number in range(17)}},
         {"metadata": {"k" * 65: ""}},
         {"metadata": {"k": "v" * 513}},

@@ -266,9 +266,13 @@ async def test_a_tenant_may_have_as_many_open_batches_and_no_more(rig: BatchRig)
 
 async def test_batches_are_listed_newest_first_and_seen_by_their_tenant_alone(rig: BatchRig) -> None:
     first, second = [await rig.submit([request_line(1)]) for _ in range(2)]
-    assert list(await rig.batches.list("acme")) == [second, first]
+    assert await rig.batches.list("acme", limit=2) == ((second, first), False)
+    assert await rig.batches.list("acme", limit=1) == ((second,), True)
+    assert await rig.batches.list("acme", limit=1, after=second.batch_id) == ((first,), False)
+    with pytest.raises(RempartError, match="'after'"):
+        await rig.batches.list("globex", limit=1, after=second.batch_id)
     assert await rig.batches.get("acme", first.batch_id) == first
-    assert list(await rig.batches.list("globex")) == []
+    assert await rig.batches.list("globex", limit=2) == ((), False)
     for call in (rig.batches.get, rig.batches.cancel):
         with pytest.raises(RempartError, match="no such batch"):
             await call("globex", first.batch_id)
@@ -276,7 +280,7 @@ async def test_batches_are_listed_newest_first_and_seen_by_their_tenant_alone(ri
 
 async def test_a_file_that_is_no_input_is_refused(rig: BatchRig) -> None:
     foreign = await rig.upload(b"x", "globex")
-    expired = (await rig.files.create("acme", "x", "batch", in_pieces(b"x"), lifetime_s=1)).file_id
+    expired = (await rig.files.create("acme", "x", "batch", in_pieces(b"x"), lifetime_s=lambda: 1)).file_id
     result = (await rig.files.create("acme", "x", "batch_output", in_pieces(b"x"))).file_id
     rig.now_s += 2
     for file_id, kind in (

@@ -187,7 +187,10 @@ TOO_MANY = {str(number): "" for number in range(17)}
         ({"metadata": {"k" * 65: "x"}}, "metadata"),
         ({"metadata": {"k": "x" * 513}}, "metadata"),
         ({"metadata": {"k": 5}}, "metadata"),
-        ({"output_expires_after": {"anchor": "created_at", "seconds": 3600}}, "output_expires_after"),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": 3599}}, "output_expires_after"),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": 2592001}}, "output_expires_after"),
+        ({"output_expires_after": {"anchor": "now", "seconds": 3600}}, "output_expires_after"),
+        ({"output_expires_after": {"anchor": "created_at"}}, "output_expires_after"),
     ],
 )
 async def test_a_field_at_fault_is_named(fields: dict[str, object], param: str) -> None:
@@ -196,6 +199,27 @@ async def test_a_field_at_fault_is_named(fields: dict[str, object], param: str) 
         refused = await it.plain.post("/v1/batches", json=body)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
     assert it.batches.kept == {}
+
+
+@pytest.mark.parametrize(("most_s", "said"), [(172_800, "'48h'"), (7200, "'2h'")])
+async def test_a_window_that_is_refused_names_those_that_are_not(most_s: int, said: str) -> None:
+    async with rig(BatchLimits(max_completion_window_s=most_s)) as it:
+        body = {"input_file_id": it.input_file_id, "endpoint": CHAT, "completion_window": "49h"}
+        message = (await it.plain.post("/v1/batches", json=body)).json()["error"]["message"]
+    assert said in message
+    assert "24h" not in message
+
+
+async def test_results_may_have_an_end_of_their_own() -> None:
+    async with rig() as it:
+        made = await it.client.batches.create(
+            input_file_id=it.input_file_id,
+            endpoint=CHAT,
+            completion_window="24h",
+            output_expires_after={"anchor": "created_at", "seconds": 3600},
+        )
+        assert it.batches.kept[made.id].output_lifetime_s == 3600
+        assert it.batches.kept[(await it.create()).id].output_lifetime_s is None
 
 
 async def test_metadata_at_its_limits_is_kept() -> None:

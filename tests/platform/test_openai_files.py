@@ -27,7 +27,7 @@ from rempart_platform.apis.testing import (
     fake_services,
     serve_http,
 )
-from rempart_platform.batch.values import BatchLimits
+from rempart_platform.batch.values import MAX_PIECE_BYTES, BatchLimits
 from rempart_platform.errors import ErrorKind, RempartError
 
 CONTENT = b'{"custom_id": "a"}\r\n{"custom_id": "b"}\r\n--x--\r\n'
@@ -184,6 +184,23 @@ async def test_fields_may_stand_around_the_file() -> None:
     assert [content for _, content in files.stored.values()] == [CONTENT] * 3
 
 
+async def test_a_lifetime_may_stand_behind_the_file_as_in_openais_own_example() -> None:
+    files = FakeFiles()
+    async with plain_client_of(files) as client:
+        answers = [await post(client, form(PURPOSE, *parts)) for parts in ((FILE, *LIFETIME), (*LIFETIME, FILE))]
+    assert [answer.json()["expires_at"] for answer in answers] == [NOW_S + 3600] * 2
+
+
+@pytest.mark.parametrize("filename", ["データ　集.jsonl", "a\u202fb", "\U0001f468\u200d\U0001f469", "%", "x" * 255])
+async def test_a_name_may_be_in_any_language(filename: str) -> None:
+    files = FakeFiles()
+    head = f'Content-Disposition: form-data; name="file"; filename="{filename}"'.encode()
+    async with client_of(files) as client, plain_client_of(files) as plain:
+        assert (await post(plain, form(PURPOSE, (head, CONTENT)))).json()["filename"] == filename
+        (file,) = (await client.files.list()).data
+        assert (await client.files.content(file.id)).content == CONTENT
+
+
 LIFETIME = (field("expires_after[anchor]", "created_at"), field("expires_after[seconds]", "3600"))
 UNNAMED = (b"Content-Disposition: form-data", b"x")
 HEADLESS = (b"X-Other: x", b"x")
@@ -222,7 +239,8 @@ MANY_HEADS = (FILE[0] + b"\r\nx:" * 300, CONTENT)
         (form(LIFETIME[0], FILE, PURPOSE), "'expires_after[seconds]' must be a number"),
         (form(LIFETIME[1], FILE, PURPOSE), "'expires_after[anchor]' must be 'created_at'"),
         (form(field("expires_after[anchor]", "now"), FILE), "'expires_after[anchor]' must be 'created_at'"),
-        (form(PURPOSE, FILE, *LIFETIME), "must stand before 'file'"),
+        (form(PURPOSE, FILE, LIFETIME[0], field("expires_after[seconds]", "3599")), "between 3600 and 2592000"),
+        (form(PURPOSE, FILE, LIFETIME[0]), "'expires_after[seconds]' must be a number"),
         (form(PURPOSE, BIG_HEAD), "limit max_part_head_bytes"),
         (form(PURPOSE, MANY_HEADS), "limit max_part_head_bytes"),
         (form(field("purpose", "x" * 101), FILE), "limit max_field_bytes"),
@@ -249,6 +267,7 @@ async def test_a_hostile_form_is_refused_and_nothing_is_kept(body: bytes, said: 
         ("multipart/form-data", "names no boundary"),
         ("multipart/form-data; boundary=", "names no boundary"),
         ("multipart/form-data; boundary=" + "x" * 300, "too long"),
+        ("multipart/form-data; boundary=limit; x=" + ";" * 5000, "limit max_part_head_bytes"),
         ("multipart/form-data; boundary=other", "no valid multipart"),
     ],
 )
@@ -380,6 +399,15 @@ async def test_a_client_that_goes_ends_its_download() -> None:
             await files.read_ended.wait()
 
 
+async def test_the_head_of_a_content_reads_nothing_of_it() -> None:
+    files = FakeFiles()
+    file_id = files.add(CALLER.tenant, CONTENT).file_id
+    async with plain_client_of(files) as client:
+        asked = await client.head(f"/v1/files/{file_id}/content")
+    assert (asked.status_code, asked.headers["content-length"]) == (200, str(len(CONTENT)))
+    assert not files.read_ended.is_set()
+
+
 async def test_a_connection_may_be_used_again_as_soon_as_a_content_is_there() -> None:
     files = FakeFiles()
     files.end_s = 0.05
@@ -392,7 +420,7 @@ async def test_a_connection_may_be_used_again_as_soon_as_a_content_is_there() ->
 
 async def test_a_large_file_comes_back_whole() -> None:
     files = FakeFiles()
-    files.piece_bytes = 1_000_000
+    files.piece_bytes = MAX_PIECE_BYTES
     content = bytes(range(256)) * 10_000
     file_id = files.add(CALLER.tenant, content).file_id
     empty_id = files.add(CALLER.tenant, b"").file_id

@@ -10,7 +10,6 @@ from rempart_platform.apis.batch_messages import batch_message, file_message
 from rempart_platform.apis.grpc_call import Context, answer, write
 from rempart_platform.apis.grpc_limits import GrpcLimits
 from rempart_platform.apis.grpc_upload import Upload
-from rempart_platform.apis.pieces import small_pieces
 from rempart_platform.apis.services import ApiServices
 from rempart_platform.generation import Caller
 from rempart_protos.v1 import batch_pb2, batch_pb2_grpc
@@ -34,13 +33,13 @@ class BatchesServicer(batch_pb2_grpc.BatchesServicer):
         async def serve(caller: Caller) -> batch_pb2.StoredFile:
             files = batch_rules.files_of(self._services)
             said = await upload.metadata()
-            has_lifetime = said.HasField("lifetime_s")
+            lifetime_s = _lifetime_s(said, "lifetime_s")
             file = await files.create(
                 caller.tenant,
                 batch_rules.check_filename(said.filename, param="filename"),
                 batch_rules.check_purpose(said.purpose),
-                self._limited(upload.content()),
-                lifetime_s=batch_rules.check_lifetime_s(said.lifetime_s, param="lifetime_s") if has_lifetime else None,
+                upload.content(),
+                lifetime_s=lambda: lifetime_s,
             )
             return file_message(file)
 
@@ -56,15 +55,11 @@ class BatchesServicer(batch_pb2_grpc.BatchesServicer):
     async def ListFiles(self, request: batch_pb2.ListFilesRequest, context: Context) -> batch_pb2.ListFilesResponse:
         async def serve(caller: Caller) -> batch_pb2.ListFilesResponse:
             files = batch_rules.files_of(self._services)
-            most = batch_rules.MAX_FILES_PER_PAGE
-            asked = request.limit if request.HasField("limit") else None
-            size = batch_rules.check_page_size(asked, default=most, most=most)
+            size = batch_rules.check_files_per_page(request.limit if request.HasField("limit") else None)
             found = await files.list(caller.tenant, purpose=request.purpose)
             if request.oldest_first:
                 found = found[::-1]
-            page, has_more = batch_rules.page_of(
-                found, [each.file_id for each in found], after=request.after, size=size
-            )
+            page, has_more = batch_rules.page_of(found, after=request.after, size=size)
             return batch_pb2.ListFilesResponse(files=map(file_message, page), has_more=has_more)
 
         return await self._answer(context, serve)
@@ -83,7 +78,7 @@ class BatchesServicer(batch_pb2_grpc.BatchesServicer):
         async def serve(caller: Caller) -> None:
             files = batch_rules.files_of(self._services)
             file = await files.get(caller.tenant, batch_rules.check_file_id(request.file_id))
-            async with aclosing(small_pieces(files.read(file))) as pieces:
+            async with aclosing(files.read(file)) as pieces:
                 async for piece in pieces:
                     await write(context, batch_pb2.FileChunk(content=piece), self._limits)
 
@@ -98,6 +93,7 @@ class BatchesServicer(batch_pb2_grpc.BatchesServicer):
                 completion_window_s=batch_rules.parse_window_s(window, self._services.batch_limits),
                 metadata=batch_rules.check_metadata(dict(request.metadata)),
                 input_file_id=batch_rules.check_file_id(request.input_file_id),
+                output_lifetime_s=_lifetime_s(request, "output_lifetime_s"),
             )
             return batch_message(batch)
 
@@ -115,14 +111,8 @@ class BatchesServicer(batch_pb2_grpc.BatchesServicer):
     ) -> batch_pb2.ListBatchesResponse:
         async def serve(caller: Caller) -> batch_pb2.ListBatchesResponse:
             batches = batch_rules.batches_of(self._services)
-            asked = request.limit if request.HasField("limit") else None
-            size = batch_rules.check_page_size(
-                asked, default=batch_rules.BATCHES_PER_PAGE, most=batch_rules.MAX_BATCHES_PER_PAGE
-            )
-            found = await batches.list(caller.tenant)
-            page, has_more = batch_rules.page_of(
-                found, [each.batch_id for each in found], after=request.after, size=size
-            )
+            size = batch_rules.check_batches_per_page(request.limit if request.HasField("limit") else None)
+            page, has_more = await batches.list(caller.tenant, limit=size, after=request.after)
             return batch_pb2.ListBatchesResponse(batches=map(batch_message, page), has_more=has_more)
 
         return await self._answer(context, serve)
@@ -134,13 +124,6 @@ class BatchesServicer(batch_pb2_grpc.BatchesServicer):
 
         return await self._answer(context, serve)
 
-    async def _limited(self, content: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        num_bytes = 0
-        async for piece in content:
-            num_bytes += len(piece)
-            batch_rules.check_file_size(num_bytes, self._services.batch_limits)
-            yield piece
-
     async def _answer(
         self,
         context: Context,
@@ -148,3 +131,8 @@ class BatchesServicer(batch_pb2_grpc.BatchesServicer):
         before_refusal: Callable[[], Awaitable[None]] | None = None,
     ) -> _T:
         return await answer(self._services.authenticator, context, serve, before_refusal)
+
+
+def _lifetime_s(message: batch_pb2.FileMetadata | batch_pb2.CreateBatchRequest, field: str) -> int | None:
+    """None when the caller names none. Raises RempartError INVALID_REQUEST."""
+    return batch_rules.check_lifetime_s(getattr(message, field), param=field) if message.HasField(field) else None

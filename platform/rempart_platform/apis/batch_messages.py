@@ -46,6 +46,7 @@ def batch_message(batch: Batch) -> batch_pb2.Batch:
         model=batch.model,
         errors=errors,
         counts=batch_pb2.LineCounts(total=counts.total, completed=counts.completed, failed=counts.failed),
+        output_lifetime_s=batch.output_lifetime_s,
         output_file_id=batch.output_file_id,
         error_file_id=batch.error_file_id,
         created_s=batch.created_s,

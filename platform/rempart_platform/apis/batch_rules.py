@@ -1,11 +1,12 @@
 """What tenants may ask of files and batches: one set of rules for HTTP and gRPC."""
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Final, TypeVar
 
 from rempart_platform.apis.services import ApiServices
-from rempart_platform.batch.values import Batches, BatchLimits, Files
+from rempart_platform.batch.values import Batches, BatchLimits, Files, StoredFile
 from rempart_platform.errors import ErrorKind, RempartError
 
 ENDPOINTS: Final = ("/v1/chat/completions", "/v1/completions")
@@ -26,6 +27,8 @@ _HOUR_S = 3600
 _MAX_SHOWN_CHARS = 64
 _WINDOW = re.compile(r"([1-9][0-9]{0,5})h", re.ASCII)
 _FILE_ID = re.compile(r"file-[0-9a-f]{32}")
+_CONTROLS = frozenset({"Cc", "Zl", "Zp"})
+"""Of Unicode: those that end a line or move a cursor."""
 _BATCH_ID = re.compile(r"batch_[0-9a-f]{32}")
 _T = TypeVar("_T")
 
@@ -58,7 +61,7 @@ def check_filename(filename: str, *, param: str) -> str:
     """Raises RempartError INVALID_REQUEST."""
     if not 1 <= len(filename) <= MAX_FILENAME_CHARS:
         raise _invalid(f"A file's name must have 1 to {MAX_FILENAME_CHARS} characters.", param)
-    if not filename.isprintable():
+    if any(unicodedata.category(each) in _CONTROLS for each in filename):
         raise _invalid("A file's name must not have control characters.", param)
     return filename
 
@@ -77,17 +80,6 @@ def check_lifetime_s(seconds: int, *, param: str) -> int:
     return seconds
 
 
-def check_file_size(num_bytes: int, limits: BatchLimits) -> None:
-    """Raises RempartError REQUEST_TOO_LARGE."""
-    if num_bytes > limits.max_file_bytes:
-        raise file_too_large(limits)
-
-
-def file_too_large(limits: BatchLimits) -> RempartError:
-    message = f"The file is too large; at most {limits.max_file_bytes} bytes are allowed (limit max_file_bytes)."
-    return RempartError(ErrorKind.REQUEST_TOO_LARGE, message, param="file")
-
-
 def check_endpoint(endpoint: str) -> str:
     """Raises RempartError INVALID_REQUEST."""
     if endpoint not in ENDPOINTS:
@@ -101,10 +93,7 @@ def parse_window_s(window: str, limits: BatchLimits) -> int:
     seconds = int(found.group(1)) * _HOUR_S if found else 0
     if not 0 < seconds <= limits.max_completion_window_s:
         longest = window_text(limits.max_completion_window_s)
-        message = (
-            f"'completion_window' must be '{DEFAULT_WINDOW}', or another number of hours up to '{longest}' "
-            "(limit max_completion_window_s)."
-        )
+        message = f"'completion_window' must be hours, from '1h' to '{longest}' (limit max_completion_window_s)."
         raise _invalid(message, "completion_window")
     return seconds
 
@@ -126,27 +115,35 @@ def check_metadata(metadata: Mapping[str, str]) -> Mapping[str, str]:
     return metadata
 
 
-def check_page_size(limit: int | None, *, default: int, most: int) -> int:
+def check_files_per_page(limit: int | None) -> int:
     """Raises RempartError INVALID_REQUEST."""
-    if limit is None:
-        return default
+    return MAX_FILES_PER_PAGE if limit is None else _check_page_size(limit, MAX_FILES_PER_PAGE)
+
+
+def check_batches_per_page(limit: int | None) -> int:
+    """Raises RempartError INVALID_REQUEST."""
+    return BATCHES_PER_PAGE if limit is None else _check_page_size(limit, MAX_BATCHES_PER_PAGE)
+
+
+def _check_page_size(limit: int, most: int) -> int:
     if not 1 <= limit <= most:
         raise _invalid(f"'limit' must be between 1 and {most}.", "limit")
     return limit
 
 
-def page_of(items: Sequence[_T], ids: Sequence[str], *, after: str, size: int) -> tuple[Sequence[_T], bool]:
-    """`size` items behind the one with the id `after`, and whether there are more.
+def page_of(files: Sequence[StoredFile], *, after: str, size: int) -> tuple[Sequence[StoredFile], bool]:
+    """`size` files behind the one with the id `after`, and whether there are more.
 
     Raises:
-        RempartError: INVALID_REQUEST when no item has that id.
+        RempartError: INVALID_REQUEST when no file has that id.
     """
     start = 0
     if after:
+        ids = [each.file_id for each in files]
         if after not in ids:
             raise _invalid("'after' is the id of nothing in this list.", "after")
         start = ids.index(after) + 1
-    return items[start : start + size], start + size < len(items)
+    return files[start : start + size], start + size < len(files)
 
 
 def _require(part: _T | None) -> _T:

@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from rempart_platform.apis.grpc_limits import GrpcLimits
 from rempart_platform.apis.http_limits import HttpLimits
 from rempart_platform.apis.services import ApiServices
 from rempart_platform.apis.testing import FakeDispatcher, fake_services
-from rempart_platform.batch.values import Batch, BatchLimits, BatchStatus, LineCounts, StoredFile
+from rempart_platform.batch.values import Batch, BatchLimits, BatchStatus, LineCounts, StoredFile, file_too_large
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Caller
 from rempart_protos.v1 import batch_pb2_grpc
@@ -30,6 +30,7 @@ class FakeFiles:
     """
 
     def __init__(self) -> None:
+        self.limits = BatchLimits()
         self.stored: dict[str, tuple[StoredFile, bytes]] = {}
         self.taken = asyncio.Event()
         self.ended = asyncio.Event()
@@ -42,16 +43,25 @@ class FakeFiles:
         self._numbers = itertools.count(1)
 
     async def create(
-        self, tenant: str, filename: str, purpose: str, content: AsyncIterator[bytes], *, lifetime_s: int | None = None
+        self,
+        tenant: str,
+        filename: str,
+        purpose: str,
+        content: AsyncIterator[bytes],
+        *,
+        lifetime_s: Callable[[], int | None] = lambda: None,
     ) -> StoredFile:
         try:
             kept = b""
             async for piece in content:
                 kept += piece
+                if len(kept) > self.limits.max_file_bytes:
+                    raise file_too_large(self.limits)
                 self.taken.set()
         finally:
             self.ended.set()
-        return self.add(tenant, kept, filename, purpose, expires_s=NOW_S + lifetime_s if lifetime_s else 0)
+        asked_s = lifetime_s()
+        return self.add(tenant, kept, filename, purpose, expires_s=NOW_S + asked_s if asked_s else 0)
 
     def add(
         self, tenant: str, content: bytes, filename: str = "in.jsonl", purpose: str = "batch", expires_s: int = 0
@@ -77,7 +87,7 @@ class FakeFiles:
             raise RempartError(ErrorKind.INVALID_REQUEST, "A batch reads the file.")
         del self.stored[file_id]
 
-    async def read(self, file: StoredFile) -> AsyncIterator[bytes]:
+    async def read(self, file: StoredFile) -> AsyncGenerator[bytes, None]:
         content = self.stored[file.file_id][1]
         try:
             for number, start in enumerate(range(0, len(content), self.piece_bytes)):
@@ -106,6 +116,7 @@ class FakeBatches:
         endpoint: str,
         completion_window_s: int,
         metadata: Mapping[str, str],
+        output_lifetime_s: int | None = None,
     ) -> Batch:
         await self._files.get(caller.tenant, input_file_id)
         self._files.in_use.add(input_file_id)
@@ -120,6 +131,7 @@ class FakeBatches:
             created_s=NOW_S + number,
             expires_s=NOW_S + number + completion_window_s,
             metadata=metadata,
+            output_lifetime_s=output_lifetime_s,
         )
         self.kept[batch.batch_id] = batch
         return batch
@@ -134,8 +146,13 @@ class FakeBatches:
             raise RempartError(ErrorKind.NOT_FOUND, f"There is no batch '{batch_id}'.")
         return self._step(batch) if self.works else batch
 
-    async def list(self, tenant: str) -> Sequence[Batch]:
-        return [batch for batch in self.kept.values() if batch.caller.tenant == tenant][::-1]
+    async def list(self, tenant: str, *, limit: int, after: str = "") -> tuple[Sequence[Batch], bool]:
+        found = [batch for batch in self.kept.values() if batch.caller.tenant == tenant][::-1]
+        ids = ["", *(batch.batch_id for batch in found)]
+        if after not in ids:
+            raise RempartError(ErrorKind.INVALID_REQUEST, "There is no such batch.", param="after")
+        start = ids.index(after)
+        return found[start : start + limit], start + limit < len(found)
 
     async def cancel(self, tenant: str, batch_id: str) -> Batch:
         batch = await self.get(tenant, batch_id)
@@ -172,8 +189,9 @@ def batch_services(
     files: FakeFiles, batches: FakeBatches, *, limits: BatchLimits | None = None, http: HttpLimits | None = None
 ) -> ApiServices:
     """Services with batch jobs on."""
+    files.limits = limits or BatchLimits()
     services = fake_services(FakeDispatcher(), http=http)
-    return replace(services, files=files, batches=batches, batch_limits=limits or BatchLimits())
+    return replace(services, files=files, batches=batches, batch_limits=files.limits)
 
 
 @asynccontextmanager

@@ -52,6 +52,9 @@ class FormParser:
         self._header_name = b""
         self._header_value = b""
         self._disposition = b""
+        if len(content_type) > limits.max_part_head_bytes:  # what its parsing takes grows faster than it
+            most = limits.max_part_head_bytes
+            raise _invalid(f"The header 'content-type' has more than {most} bytes (limit max_part_head_bytes).")
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data":
             raise _invalid("The header 'content-type' must be 'multipart/form-data'.")

@@ -42,7 +42,7 @@ class HttpLimits:
     max_form_parts: int = 16
     """Of an upload's form: its file and its fields."""
     max_part_head_bytes: int = 4096
-    """Headers of one part."""
+    """Headers of one part, and the form's own content-type."""
     max_field_bytes: int = 1024
     """Of one field that is no file."""
     discard_timeout_s: float = 2.0

@@ -1,6 +1,7 @@
 """/v1/batches: a tenant's batch jobs."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import msgspec
 from starlette.requests import Request
@@ -10,10 +11,14 @@ from starlette.routing import Route
 from rempart_platform.apis import batch_rules
 from rempart_platform.apis.http_body import read_json_body
 from rempart_platform.apis.openai_decode import decode_body
-from rempart_platform.apis.openai_lists import page_response
-from rempart_platform.apis.openai_request import caller_of, json_response
+from rempart_platform.apis.openai_request import Page, caller_of, json_response, limit_of
 from rempart_platform.apis.services import ApiServices
 from rempart_platform.batch.values import Batch, InputError, LineCounts
+
+
+class ExpiresAfter(msgspec.Struct):
+    anchor: Literal["created_at"]
+    seconds: int
 
 
 class CreateBatchBody(msgspec.Struct):
@@ -21,6 +26,13 @@ class CreateBatchBody(msgspec.Struct):
     endpoint: str
     completion_window: str
     metadata: dict[str, str] | None = None
+    output_expires_after: ExpiresAfter | None = None
+
+    @property
+    def output_lifetime_s(self) -> int | None:
+        """Raises RempartError INVALID_REQUEST."""
+        expires = self.output_expires_after
+        return None if expires is None else batch_rules.check_lifetime_s(expires.seconds, param="output_expires_after")
 
 
 class BatchErrorObject(msgspec.Struct):
@@ -127,16 +139,16 @@ class BatchRoutes:
             completion_window_s=batch_rules.parse_window_s(body.completion_window, self._services.batch_limits),
             metadata=batch_rules.check_metadata(body.metadata or {}),
             input_file_id=batch_rules.check_file_id(body.input_file_id),
+            output_lifetime_s=body.output_lifetime_s,
         )
         return json_response(BatchObject.of(batch))
 
     async def _list(self, request: Request) -> Response:
         batches = batch_rules.batches_of(self._services)
-        objects = [BatchObject.of(batch) for batch in await batches.list(caller_of(request).tenant)]
-        page = page_response(
-            objects, request, default=batch_rules.BATCHES_PER_PAGE, most=batch_rules.MAX_BATCHES_PER_PAGE
-        )
-        return json_response(page)
+        size = batch_rules.check_batches_per_page(limit_of(request))
+        after = request.query_params.get("after", "")
+        page, has_more = await batches.list(caller_of(request).tenant, limit=size, after=after)
+        return json_response(Page.of([BatchObject.of(batch) for batch in page], has_more=has_more))
 
     async def _get(self, request: Request) -> Response:
         batches = batch_rules.batches_of(self._services)

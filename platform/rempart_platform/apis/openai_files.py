@@ -14,12 +14,10 @@ from starlette.types import Receive, Scope, Send
 from rempart_platform.apis import batch_rules
 from rempart_platform.apis.http_body import announced_length, body_pieces
 from rempart_platform.apis.http_connection import run_while_connected
-from rempart_platform.apis.openai_lists import page_response
-from rempart_platform.apis.openai_request import caller_of, json_response
-from rempart_platform.apis.pieces import small_pieces
+from rempart_platform.apis.openai_request import Page, caller_of, json_response, limit_of, parse_number
 from rempart_platform.apis.services import ApiServices
 from rempart_platform.apis.upload_form import UploadForm
-from rempart_platform.batch.values import BatchLimits, StoredFile
+from rempart_platform.batch.values import BatchLimits, StoredFile, file_too_large
 from rempart_platform.errors import ErrorKind, RempartError
 
 _ANCHOR: Final = "expires_after[anchor]"
@@ -81,50 +79,48 @@ class FileRoutes:
         # What surrounds the file is little, but not nothing.
         most = limits.max_file_bytes + http.max_form_parts * (http.max_part_head_bytes + http.max_field_bytes)
         if announced_length(request.headers) > most:
-            raise batch_rules.file_too_large(limits)
+            raise file_too_large(limits)
         pieces = _at_most(most, body_pieces(request.receive, http.upload_pace), limits)
         form = UploadForm(pieces, request.headers.get("content-type", ""), http, _FIELDS)
         filename = batch_rules.check_filename(await form.find_file(), param="file")
-        lifetime_s = _lifetime_s(form)
+        purpose = batch_rules.check_purpose(form.fields.get("purpose", batch_rules.PURPOSE))
 
         async def content() -> AsyncIterator[bytes]:
-            num_bytes = 0
             async for piece in form.content():
-                num_bytes += len(piece)
-                batch_rules.check_file_size(num_bytes, limits)
                 yield piece
-            # It may stand behind the file; nothing is kept of a file for which it is not what it must be.
+            # Fields may stand behind the file; nothing is kept of one for which they are not what they must be.
+            _lifetime_s(form)
             batch_rules.check_purpose(form.fields.get("purpose"))
-            if _lifetime_s(form) != lifetime_s:
-                message = "'expires_after' must stand before 'file' in the form."
-                raise RempartError(ErrorKind.INVALID_REQUEST, message, param="expires_after")
 
-        purpose = batch_rules.check_purpose(form.fields.get("purpose", batch_rules.PURPOSE))
-        tenant = caller_of(request).tenant
-        return json_response(
-            FileObject.of(await files.create(tenant, filename, purpose, content(), lifetime_s=lifetime_s))
+        file = await files.create(
+            caller_of(request).tenant, filename, purpose, content(), lifetime_s=lambda: _lifetime_s(form)
         )
+        return json_response(FileObject.of(file))
 
     async def _list(self, request: Request) -> Response:
         files = batch_rules.files_of(self._services)
         order = request.query_params.get("order", "desc")
         if order not in _ORDERS:
             raise RempartError(ErrorKind.INVALID_REQUEST, "'order' must be 'asc' or 'desc'.", param="order")
+        size = batch_rules.check_files_per_page(limit_of(request))
         found = await files.list(caller_of(request).tenant, purpose=request.query_params.get("purpose", ""))
-        objects = [FileObject.of(file) for file in (found if order == "desc" else reversed(found))]
-        most = batch_rules.MAX_FILES_PER_PAGE
-        return json_response(page_response(objects, request, default=most, most=most))
+        if order == "asc":
+            found = found[::-1]
+        page, has_more = batch_rules.page_of(found, after=request.query_params.get("after", ""), size=size)
+        return json_response(Page.of([FileObject.of(file) for file in page], has_more=has_more))
 
     async def _content(self, request: Request) -> Response:
         files = batch_rules.files_of(self._services)
         file = await files.get(caller_of(request).tenant, _file_id(request))
-        pieces = small_pieces(files.read(file))
-        first = await anext(pieces, b"")  # until it is here, a failure can still have a status of its own
         headers = {
             "content-length": str(file.num_bytes),
             "content-disposition": f"attachment; filename*=utf-8''{quote(file.filename, safe='')}",
             "x-content-type-options": "nosniff",
         }
+        if request.method == "HEAD":
+            return Response(headers=headers, media_type=_ContentResponse.media_type)
+        pieces = files.read(file)
+        first = await anext(pieces, b"")  # until it is here, a failure can still have a status of its own
         return _ContentResponse(first, pieces, headers)
 
 
@@ -134,9 +130,7 @@ def _lifetime_s(form: UploadForm) -> int | None:
         return None
     if anchor != "created_at":
         raise RempartError(ErrorKind.INVALID_REQUEST, f"'{_ANCHOR}' must be 'created_at'.", param=_ANCHOR)
-    if seconds is None or not (seconds.isascii() and seconds.isdigit() and len(seconds) < 10):
-        raise RempartError(ErrorKind.INVALID_REQUEST, f"'{_SECONDS}' must be a number of seconds.", param=_SECONDS)
-    return batch_rules.check_lifetime_s(int(seconds), param=_SECONDS)
+    return batch_rules.check_lifetime_s(parse_number(seconds or "", _SECONDS), param=_SECONDS)
 
 
 async def _at_most(most: int, pieces: AsyncIterator[bytes], limits: BatchLimits) -> AsyncIterator[bytes]:
@@ -144,7 +138,7 @@ async def _at_most(most: int, pieces: AsyncIterator[bytes], limits: BatchLimits)
     async for piece in pieces:
         num_bytes += len(piece)
         if num_bytes > most:
-            raise batch_rules.file_too_large(limits)
+            raise file_too_large(limits)
         yield piece
 
 

@@ -9,13 +9,15 @@ Whatever is noted and never ends that way, by a crash, a janitor removes.
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from rempart_platform.batch.config import BatchConfig
 from rempart_platform.batch.records import read_records
 from rempart_platform.batch.storage import BatchStorage, MissingObjectError, file_path
-from rempart_platform.batch.values import StoredFile
+from rempart_platform.batch.values import MAX_PIECE_BYTES, StoredFile, file_too_large
 from rempart_platform.errors import ErrorKind, QuotaViolation, RempartError
 from rempart_platform.tenancy.batch_keys import ROOT, UPLOADS, file_record, files_of
 from rempart_platform.tenancy.lua import load_script
@@ -24,6 +26,7 @@ from rempart_platform.tenancy.redis_client import RedisClient
 _ADD = load_script("batch_file_add", shared="batch_common")
 _REMOVE = load_script("batch_file_remove", shared="batch_common", runs_when_memory_is_full=True)
 _NO_LIMIT = 0
+_BUSY_RETRY_S = 5.0
 
 
 class StoredFiles:
@@ -48,39 +51,71 @@ class StoredFiles:
         self._config = config
         self._limits = config.limits
         self._clock = clock
+        self._uploads: Counter[str] = Counter()
 
     async def create(
-        self, tenant: str, filename: str, purpose: str, content: AsyncIterator[bytes], *, lifetime_s: int | None = None
+        self,
+        tenant: str,
+        filename: str,
+        purpose: str,
+        content: AsyncIterator[bytes],
+        *,
+        lifetime_s: Callable[[], int | None] = lambda: None,
     ) -> StoredFile:
         """Stores the content first and lists the file second."""
-        if await self._redis.call(lambda redis: redis.zcard(files_of(tenant))) >= self._limits.max_files_per_tenant:
-            raise self._too_many(tenant)
-        created_s = int(self._clock())
-        lifetime_s = self._limits.file_lifetime_s if lifetime_s is None else lifetime_s
-        file = StoredFile(
-            file_id=f"file-{secrets.token_hex(16)}",
-            tenant=tenant,
-            filename=filename,
-            purpose=purpose,
-            num_bytes=0,
-            created_s=created_s,
-            expires_s=created_s + lifetime_s if lifetime_s else 0,
-        )
-        return await self.put(file, self._limited(content), most=self._limits.max_files_per_tenant)
+        most = self._limits.max_files_per_tenant
+        with self._upload(tenant):
+            if await self._redis.call(lambda redis: redis.zcard(files_of(tenant))) >= most:
+                raise self._too_many(tenant)
+            created_s = int(self._clock())
+            file_id = f"file-{secrets.token_hex(16)}"
+            num_bytes = await self._store(tenant, file_id, self._limited(content))
+            asked_s = lifetime_s()
+            kept_s = self._limits.file_lifetime_s if asked_s is None else asked_s
+            expires_s = created_s + kept_s if kept_s else 0
+            return await self._add(
+                StoredFile(file_id, tenant, filename, purpose, num_bytes, created_s, expires_s), most
+            )
 
-    async def put(self, file: StoredFile, content: AsyncIterator[bytes], *, most: int = _NO_LIMIT) -> StoredFile:
-        """Stores and lists a file, in place of one with its id. `most` limits the files of its tenant; 0 does not."""
+    async def put(self, file: StoredFile, content: AsyncIterator[bytes]) -> StoredFile:
+        """Stores and lists a file, in place of one with its id, however many its tenant has."""
+        num_bytes = await self._store(file.tenant, file.file_id, content)
+        return await self._add(replace(file, num_bytes=num_bytes), _NO_LIMIT)
+
+    @contextmanager
+    def _upload(self, tenant: str) -> Iterator[None]:
+        most = self._limits.max_uploads_per_tenant
+        if self._uploads[tenant] >= most:
+            raise RempartError(
+                ErrorKind.RATE_LIMIT_EXCEEDED,
+                f"The limit of {most} uploads at a time is reached (max_uploads_per_tenant).",
+                retry_after_s=_BUSY_RETRY_S,
+                violation=QuotaViolation(tenant, "uploads", most),
+            )
+        self._uploads[tenant] += 1
+        try:
+            yield
+        finally:
+            self._uploads[tenant] -= 1
+            if not self._uploads[tenant]:
+                del self._uploads[tenant]
+
+    async def _store(self, tenant: str, file_id: str, content: AsyncIterator[bytes]) -> int:
+        """Stores a content, noted as under way. Returns its bytes."""
         counted = _Counted(content)
-        name = f"{file.tenant} {file.file_id}"
+        name = f"{tenant} {file_id}"
         given_up_s = int(self._clock() + self._config.upload_timeout_s)
         await self._redis.call(lambda redis: redis.zadd(UPLOADS, {name: given_up_s}))
         try:
-            await self._storage.put_stream(file_path(file.tenant, file.file_id), counted.pieces())
+            await self._storage.put_stream(file_path(tenant, file_id), counted.pieces())
         except BaseException:
             with contextlib.suppress(RempartError):  # the janitor forgets it else
                 await self._redis.call(lambda redis: redis.zrem(UPLOADS, name))
             raise
-        file = replace(file, num_bytes=counted.num_bytes)
+        return counted.num_bytes
+
+    async def _add(self, file: StoredFile, most: int) -> StoredFile:
+        """Lists a file whose content is stored."""
         record = [part for pair in _record(file).items() for part in pair]
         (is_listed,) = await self._redis.run_script(
             _ADD, (ROOT,), (file.file_id, file.tenant, most, file.expires_s, *record)
@@ -117,11 +152,12 @@ class StoredFiles:
             message = "The file is read by a batch that has not ended. Cancel that first."
             raise RempartError(ErrorKind.INVALID_REQUEST, message, param="file_id")
 
-    async def read(self, file: StoredFile) -> AsyncIterator[bytes]:
-        """Its content, in pieces."""
+    async def read(self, file: StoredFile) -> AsyncGenerator[bytes, None]:
+        """Its content, in pieces of up to `MAX_PIECE_BYTES`, none empty."""
         try:
             async for piece in self._storage.stream(file_path(file.tenant, file.file_id)):
-                yield piece
+                for start in range(0, len(piece), MAX_PIECE_BYTES):
+                    yield piece[start : start + MAX_PIECE_BYTES]
         except MissingObjectError:
             raise no_such_file("file_id") from None
 
@@ -139,12 +175,11 @@ class StoredFiles:
         await self._redis.call(lambda redis: redis.zrem(UPLOADS, f"{tenant} {file_id}"))
 
     async def _limited(self, content: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        left, most = self._limits.max_file_bytes, self._limits.max_file_bytes
+        left = self._limits.max_file_bytes
         async for piece in content:
             left -= len(piece)
             if left < 0:
-                message = f"The file is larger than {most} bytes (limit max_file_bytes)."
-                raise RempartError(ErrorKind.REQUEST_TOO_LARGE, message, param="file")
+                raise file_too_large(self._limits)
             yield piece
 
     def _too_many(self, tenant: str) -> RempartError:

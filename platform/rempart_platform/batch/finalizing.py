@@ -36,6 +36,8 @@ async def _write(
 ) -> str:
     batch = job.batch
     created_s = batch.finalizing_s or batch.created_s
+    asked_s = batch.output_lifetime_s
+    lifetime_s = config.limits.file_lifetime_s if asked_s is None else asked_s
     file = StoredFile(
         file_id=f"file-{hashlib.sha256(f'{batch.batch_id} {kind}'.encode()).hexdigest()[:32]}",
         tenant=batch.caller.tenant,
@@ -43,7 +45,7 @@ async def _write(
         purpose=_PURPOSE,
         num_bytes=0,
         created_s=created_s,
-        expires_s=created_s + config.limits.file_lifetime_s if config.limits.file_lifetime_s else 0,
+        expires_s=created_s + lifetime_s if lifetime_s else 0,
     )
     await files.put(file, _lines(job, storage, holds))
     return file.file_id

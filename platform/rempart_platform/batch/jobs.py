@@ -20,7 +20,16 @@ from rempart_platform.tenancy.redis_client import RedisClient
 _CREATE = load_script("batch_create", shared="batch_common")
 _CANCEL = load_script("batch_cancel", shared="batch_common", runs_when_memory_is_full=True)
 _FULL_RETRY_S = 60.0
-_TIMES = ("in_progress_s", "finalizing_s", "completed_s", "failed_s", "expired_s", "cancelling_s", "cancelled_s")
+_OPTIONAL = (
+    "output_lifetime_s",
+    "in_progress_s",
+    "finalizing_s",
+    "completed_s",
+    "failed_s",
+    "expired_s",
+    "cancelling_s",
+    "cancelled_s",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +75,7 @@ class StoredBatches:
         endpoint: str,
         completion_window_s: int,
         metadata: Mapping[str, str],
+        output_lifetime_s: int | None = None,
     ) -> Batch:
         """Returns at once; a worker validates the lines."""
         if not 0 < completion_window_s <= self._limits.max_completion_window_s:
@@ -83,6 +93,7 @@ class StoredBatches:
             created_s=created_s,
             expires_s=created_s + completion_window_s,
             metadata=dict(metadata),
+            output_lifetime_s=output_lifetime_s,
         )
         most = self._limits.max_open_batches_per_tenant
         record = [part for pair in _record(batch).items() for part in pair]
@@ -109,13 +120,24 @@ class StoredBatches:
             raise _no_such_batch()
         return job.batch
 
-    async def list(self, tenant: str) -> Sequence[Batch]:
-        """Newest first."""
-        job_ids = [str(each) for each in await self._redis.call(lambda redis: redis.zrevrange(jobs_of(tenant), 0, -1))]
+    async def list(self, tenant: str, *, limit: int, after: str = "") -> tuple[Sequence[Batch], bool]:
+        """Reads the records of no others: a tenant may have very many."""
+        highest = "+inf"
+        if after:
+            number = await self._redis.call(lambda redis: redis.zscore(jobs_of(tenant), after))
+            if number is None:
+                message = "'after' is the id of nothing in this list."
+                raise RempartError(ErrorKind.INVALID_REQUEST, message, param="after")
+            highest = f"({number}"
+        found = await self._redis.call(
+            lambda redis: redis.zrevrangebyscore(jobs_of(tenant), highest, "-inf", start=0, num=limit + 1)
+        )
+        job_ids = [str(each) for each in found[:limit]]
         records = await read_records(self._redis, [job_record(job_id) for job_id in job_ids])
-        return tuple(
+        batches = tuple(
             _parse(job_id, record).batch for job_id, record in zip(job_ids, records, strict=True) if "status" in record
         )
+        return batches, len(found) > limit
 
     async def cancel(self, tenant: str, batch_id: str) -> Batch:
         """Lines that are answered by then are kept."""
@@ -131,7 +153,9 @@ class StoredBatches:
 
 
 def _record(batch: Batch) -> dict[str, str | int]:
+    lifetime = {} if batch.output_lifetime_s is None else {"output_lifetime_s": batch.output_lifetime_s}
     return {
+        **lifetime,
         "tenant": batch.caller.tenant,
         "key_id": batch.caller.key_id,
         "endpoint": batch.endpoint,
@@ -163,7 +187,7 @@ def _parse(job_id: str, stored: Mapping[str, str]) -> Job:
         counts=LineCounts(count("total"), count("completed"), count("failed")),
         output_file_id=stored.get("output_file_id", ""),
         error_file_id=stored.get("error_file_id", ""),
-        **{name: count(name) for name in _TIMES if name in stored},
+        **{name: count(name) for name in _OPTIONAL if name in stored},
     )
     return Job(batch, count("num_shards"))
 

@@ -1,12 +1,15 @@
 """What the front ends and the workers of batch jobs agree on."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Final, Protocol
 
-from rempart_platform.errors import RempartError
+from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Caller
+
+MAX_PIECE_BYTES: Final = 256 * 1024
+"""Of a content on its way out: a slow reader may leave one lying."""
 
 
 class BatchStatus(Enum):
@@ -83,6 +86,8 @@ class Batch:
     metadata: Mapping[str, str] = field(default_factory=dict)
     errors: tuple[InputError, ...] = ()
     counts: LineCounts = LineCounts()
+    output_lifetime_s: int | None = None
+    """Of its result files; None as the operator has configured it."""
     output_file_id: str = ""
     """"" while there is none."""
     error_file_id: str = ""
@@ -103,6 +108,8 @@ class BatchLimits:
     max_lines: int = 50_000
     max_line_bytes: int = 1024 * 1024
     max_files_per_tenant: int = 1000
+    max_uploads_per_tenant: int = 8
+    """Under way at a time, to one router: each holds up to some 10 MiB of its memory."""
     max_open_batches_per_tenant: int = 50
     file_lifetime_s: int = 30 * 24 * 3600
     """For how long files are kept that name no expiry of their own; 0 for ever."""
@@ -110,6 +117,11 @@ class BatchLimits:
     max_custom_id_chars: int = 512
     max_input_errors: int = 100
     """That a refused batch names; checking ends there."""
+
+
+def file_too_large(limits: BatchLimits) -> RempartError:
+    message = f"The file is too large; at most {limits.max_file_bytes} bytes are allowed (limit max_file_bytes)."
+    return RempartError(ErrorKind.REQUEST_TOO_LARGE, message, param="file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +148,25 @@ class Files(Protocol):
     """Files of tenants. No tenant sees another's: those are NOT_FOUND.
 
     Raises:
-        RempartError: NOT_FOUND, INVALID_REQUEST, REQUEST_TOO_LARGE naming the limit; UNAVAILABLE when Redis or the
-            object storage does not answer.
+        RempartError: NOT_FOUND, INVALID_REQUEST; REQUEST_TOO_LARGE and RATE_LIMIT_EXCEEDED, which name the limit;
+            UNAVAILABLE when Redis or the object storage does not answer.
     """
 
     async def create(
-        self, tenant: str, filename: str, purpose: str, content: AsyncIterator[bytes], *, lifetime_s: int | None = None
+        self,
+        tenant: str,
+        filename: str,
+        purpose: str,
+        content: AsyncIterator[bytes],
+        *,
+        lifetime_s: Callable[[], int | None] = lambda: None,
     ) -> StoredFile:
-        """Takes the content as it comes, in little memory. Nothing is kept when it fails or is cancelled."""
+        """Takes the content as it comes, in little memory. Nothing is kept when it fails or is cancelled.
+
+        Args:
+            lifetime_s: asked when the content is whole, for some clients say it last. 0 is for ever, None as the
+                operator has configured it.
+        """
         ...
 
     async def get(self, tenant: str, file_id: str) -> StoredFile: ...
@@ -156,8 +179,8 @@ class Files(Protocol):
         """INVALID_REQUEST while a batch that is not final reads it."""
         ...
 
-    def read(self, file: StoredFile) -> AsyncIterator[bytes]:
-        """Its content, in pieces."""
+    def read(self, file: StoredFile) -> AsyncGenerator[bytes, None]:
+        """Its content, in pieces of up to `MAX_PIECE_BYTES`, none empty. To be closed by who does not read it all."""
         ...
 
 
@@ -172,14 +195,19 @@ class Batches(Protocol):
         endpoint: str,
         completion_window_s: int,
         metadata: Mapping[str, str],
+        output_lifetime_s: int | None = None,
     ) -> Batch:
         """Returns at once with status VALIDATING; what is wrong with the lines is said by the batch later."""
         ...
 
     async def get(self, tenant: str, batch_id: str) -> Batch: ...
 
-    async def list(self, tenant: str) -> Sequence[Batch]:
-        """Newest first."""
+    async def list(self, tenant: str, *, limit: int, after: str = "") -> tuple[Sequence[Batch], bool]:
+        """So many, newest first, and whether there are more. `after` is the id of the batch before the first one.
+
+        Raises:
+            RempartError: INVALID_REQUEST when the tenant has no batch with that id.
+        """
         ...
 
     async def cancel(self, tenant: str, batch_id: str) -> Batch:

@@ -117,7 +117,7 @@ class FileChunk(_message.Message):
     def __init__(self, content: _Optional[bytes] = ...) -> None: ...
 
 class CreateBatchRequest(_message.Message):
-    __slots__ = ("input_file_id", "endpoint", "completion_window", "metadata")
+    __slots__ = ("input_file_id", "endpoint", "completion_window", "metadata", "output_lifetime_s")
     class MetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -129,11 +129,13 @@ class CreateBatchRequest(_message.Message):
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_WINDOW_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_LIFETIME_S_FIELD_NUMBER: _ClassVar[int]
     input_file_id: str
     endpoint: str
     completion_window: str
     metadata: _containers.ScalarMap[str, str]
-    def __init__(self, input_file_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., completion_window: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    output_lifetime_s: int
+    def __init__(self, input_file_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., completion_window: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ..., output_lifetime_s: _Optional[int] = ...) -> None: ...
 
 class InputError(_message.Message):
     __slots__ = ("code", "message", "param", "line")
@@ -158,7 +160,7 @@ class LineCounts(_message.Message):
     def __init__(self, total: _Optional[int] = ..., completed: _Optional[int] = ..., failed: _Optional[int] = ...) -> None: ...
 
 class Batch(_message.Message):
-    __slots__ = ("batch_id", "status", "endpoint", "input_file_id", "completion_window", "metadata", "model", "errors", "counts", "output_file_id", "error_file_id", "created_s", "expires_s", "in_progress_s", "finalizing_s", "completed_s", "failed_s", "expired_s", "cancelling_s", "cancelled_s")
+    __slots__ = ("batch_id", "status", "endpoint", "input_file_id", "completion_window", "metadata", "model", "errors", "counts", "output_file_id", "error_file_id", "created_s", "expires_s", "in_progress_s", "finalizing_s", "completed_s", "failed_s", "expired_s", "cancelling_s", "cancelled_s", "output_lifetime_s")
     class MetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -186,6 +188,7 @@ class Batch(_message.Message):
     EXPIRED_S_FIELD_NUMBER: _ClassVar[int]
     CANCELLING_S_FIELD_NUMBER: _ClassVar[int]
     CANCELLED_S_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_LIFETIME_S_FIELD_NUMBER: _ClassVar[int]
     batch_id: str
     status: BatchStatus
     endpoint: str
@@ -206,7 +209,8 @@ class Batch(_message.Message):
     expired_s: int
     cancelling_s: int
     cancelled_s: int
-    def __init__(self, batch_id: _Optional[str] = ..., status: _Optional[_Union[BatchStatus, str]] = ..., endpoint: _Optional[str] = ..., input_file_id: _Optional[str] = ..., completion_window: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ..., model: _Optional[str] = ..., errors: _Optional[_Iterable[_Union[InputError, _Mapping]]] = ..., counts: _Optional[_Union[LineCounts, _Mapping]] = ..., output_file_id: _Optional[str] = ..., error_file_id: _Optional[str] = ..., created_s: _Optional[int] = ..., expires_s: _Optional[int] = ..., in_progress_s: _Optional[int] = ..., finalizing_s: _Optional[int] = ..., completed_s: _Optional[int] = ..., failed_s: _Optional[int] = ..., expired_s: _Optional[int] = ..., cancelling_s: _Optional[int] = ..., cancelled_s: _Optional[int] = ...) -> None: ...
+    output_lifetime_s: int
+    def __init__(self, batch_id: _Optional[str] = ..., status: _Optional[_Union[BatchStatus, str]] = ..., endpoint: _Optional[str] = ..., input_file_id: _Optional[str] = ..., completion_window: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ..., model: _Optional[str] = ..., errors: _Optional[_Iterable[_Union[InputError, _Mapping]]] = ..., counts: _Optional[_Union[LineCounts, _Mapping]] = ..., output_file_id: _Optional[str] = ..., error_file_id: _Optional[str] = ..., created_s: _Optional[int] = ..., expires_s: _Optional[int] = ..., in_progress_s: _Optional[int] = ..., finalizing_s: _Optional[int] = ..., completed_s: _Optional[int] = ..., failed_s: _Optional[int] = ..., expired_s: _Optional[int] = ..., cancelling_s: _Optional[int] = ..., cancelled_s: _Optional[int] = ..., output_lifetime_s: _Optional[int] = ...) -> None: ...
 
 class GetBatchRequest(_message.Message):
     __slots__ = ("batch_id",)
