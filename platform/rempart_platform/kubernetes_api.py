@@ -1,4 +1,4 @@
-"""The Kubernetes API, as a service account in the cluster or by a kubeconfig file; one client for all that needs it."""
+"""Where the Kubernetes API is: by a kubeconfig file, or as a service account in the cluster; and how it fails."""
 
 import os
 from collections.abc import AsyncIterator
@@ -9,6 +9,7 @@ import aiohttp
 from kubernetes_asyncio.client import ApiClient, Configuration
 from kubernetes_asyncio.client.exceptions import ApiException
 from kubernetes_asyncio.config import ConfigException, load_incluster_config, load_kube_config
+from yaml import YAMLError
 
 
 class KubernetesError(Exception):
@@ -47,7 +48,7 @@ def _kubeconfig() -> str:
 
 @asynccontextmanager
 async def connect_kubernetes() -> AsyncIterator[ApiClient]:
-    """A client by the pod's service account, or else by $KUBECONFIG or ~/.kube/config. Connects when first used.
+    """A client by $KUBECONFIG, else by the pod's service account, else by ~/.kube/config. Connects when first used.
 
     Raises:
         ValueError: there is neither, or it cannot be read.
@@ -58,7 +59,7 @@ async def connect_kubernetes() -> AsyncIterator[ApiClient]:
             load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
         else:
             await load_kube_config(_kubeconfig(), client_configuration=configuration, persist_config=False)
-    except (ConfigException, OSError) as error:
+    except (ConfigException, OSError, TypeError, YAMLError) as error:  # TypeError: the file's shape is another
         raise ValueError(
             f"Kubernetes is to be asked, but there is no service account and no kubeconfig: {error}"
         ) from error
