@@ -249,6 +249,16 @@ def test_nothing_flows_but_what_is_allowed(renderings: Renderings) -> None:
             assert all("ports" in rule or is_within_one_engine(rule) for rule in rules), f"{case} {name}"
 
 
+def test_an_empty_list_of_peers_lets_nobody_through() -> None:
+    """Kubernetes takes an empty `from` or `to` for everybody."""
+    nobody = ("networkPolicy.monitoring=[]", "networkPolicy.kubernetesApi.to=[]", "networkPolicy.dns.to=[]")
+    for manifest in render(Case((EVERYTHING,)), *nobody, "networkPolicy.clients=[]"):
+        if manifest["kind"] == "NetworkPolicy":
+            rules = [*manifest["spec"].get("ingress", []), *manifest["spec"].get("egress", [])]
+            assert all(rule.get("from") or rule.get("to") for rule in rules), manifest["metadata"]["name"]
+            assert all(rule["ports"] for rule in rules if "ports" in rule), manifest["metadata"]["name"]
+
+
 def is_within_one_engine(rule: Manifest) -> bool:
     peers = rule["from"] if "from" in rule else rule["to"]
     return all("rempart/engine" in peer["podSelector"]["matchLabels"] for peer in peers)

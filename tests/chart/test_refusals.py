@@ -67,6 +67,7 @@ def claim(access_mode: str, source: str = "s3://models/smollm2") -> str:
         ('metrics.interval="often"', "/metrics/interval"),
         ("networkPolicy.clients=[{}]", "/networkPolicy/clients/0"),
         ("networkPolicy.redis.ports=[0]", "/networkPolicy/redis/ports/0"),
+        ("networkPolicy.objectStorage.ports=[]", "/networkPolicy/objectStorage/ports"),
         ('topologySpread.zone="Never"', "/topologySpread/zone"),
     ],
 )
@@ -127,6 +128,7 @@ def test_the_schema_refuses(wrong: str, named: str) -> None:
         (FULL, ('externalSecrets.store.name=""',), "externalSecrets.store.name:"),
         (FULL, ('secrets.existingSecret="mine"',), "secrets.existingSecret:"),
         (BASE, ("router.service.sourceRanges=[]",), "router.service.sourceRanges:"),
+        (BASE, ('router.service.type="NodePort"', "networkPolicy.enabled=false"), "router.service.type: a NodePort"),
         (BASE, ('router.oidc.issuer="https://login.example.org"',), "router.oidc.audience:"),
         (FULL, ("networkPolicy.oidc.to=[]",), "networkPolicy.oidc.to:"),
         (BASE, ('hosts={"http": "", "grpc": ""}',), "hosts: name at least one"),
