@@ -35,7 +35,7 @@ class SessionConfig:
 
     max_buffered_tokens: int = 2048
     """Most tokens of one request that may wait for its client."""
-    streams_per_pass: int = 16
+    streams_per_pass: int = 8
     """Most streams of an engine that take their tokens in one pass of the event loop. Where more have some, more of the
     engine's steps are read between, and streams take more tokens at a time."""
     connect_timeout_s: float = 5.0

@@ -1,6 +1,6 @@
 """Whose turn it is: how many streams are woken in one pass of the event loop.
 
-    update of a step ── events for 256 streams ──► 16 are woken now │ the next pass: 16 more │ ...
+    update of a step ── events for 256 streams ──► 8 are woken now │ the next pass: 8 more │ ...
                                                      └── between them the loop reads what else has come
 
 A router with time to spare wakes every stream at once. One that is behind reads the engine's next steps before it has
