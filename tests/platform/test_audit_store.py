@@ -157,6 +157,16 @@ async def test_a_chain_goes_on_while_redis_is_away(tmp_path: Path) -> None:
     assert (await verify(SegmentStore(open_object_store(url)))).problems == []
 
 
+async def test_a_chain_goes_on_while_redis_takes_no_writes(tmp_path: Path, redis: RedisClient) -> None:
+    """As when its disk is full, or when it misses its replicas."""
+    url = f"file://{tmp_path}/audit"
+    await redis.call(lambda redis: redis.config_set("min-replicas-to-write", 1))
+    async with audit_log(url, redis) as log:
+        log.request_ended(trace("acme"))
+    done = await verify(SegmentStore(open_object_store(url)))
+    assert (done.num_records, done.problems) == (3, [])
+
+
 async def test_a_router_that_stops_gives_up_a_store_that_is_away(
     tmp_path: Path, redis: RedisClient, caplog: pytest.LogCaptureFixture
 ) -> None:

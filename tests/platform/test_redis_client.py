@@ -115,6 +115,23 @@ async def test_hung_redis_is_unavailable_at_once_opens_the_breaker_and_comes_bac
         assert redis.is_available
 
 
+def _write() -> Script:
+    text = "redis.call('SET', KEYS[1], ARGV[1]) return {ARGV[1]}"
+    return Script("write", text, hashlib.sha1(text.encode()).hexdigest())
+
+
+async def test_redis_that_takes_no_writes_is_away() -> None:
+    """It misses its replicas here; that it cannot save to its disk (MISCONF) it says in the same way."""
+    async with own_redis() as redis:
+        await redis.call(lambda each: each.config_set("min-replicas-to-write", 1))
+        with pytest.raises(RedisAwayError):
+            await redis.write_hash("hash", {"name": 1})
+        refused = await asyncio.gather(
+            *(redis.run_script(_write(), ("key",), ("one",)) for _ in range(2)), return_exceptions=True
+        )
+        assert all(isinstance(error, RedisAwayError) for error in refused), refused
+
+
 async def test_mistake_of_ours_is_not_taken_for_an_outage() -> None:
     async with embedded_redis(EmbeddedRedisConfig()) as server, connect_redis(patient(server.url)) as redis:
         await redis.write_hash("key", {"a": 1})

@@ -34,6 +34,8 @@ _AWAY = (
     exceptions.ClusterError,
     exceptions.SlotNotCoveredError,
 )
+# redis-py has no names for these: too few replicas are there, or the disk takes nothing more.
+_TAKES_NO_WRITES = ("NOREPLICAS ", "MISCONF ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,10 @@ class RedisClient:
                 result = await operation(self._redis)
             except _AWAY as error:
                 raise self._away() from error
+            except exceptions.ResponseError as error:
+                if not _says_away(error):
+                    raise
+                raise self._away() from error
             except exceptions.RedisClusterException as error:
                 if error.__cause__ is None:  # keys of several slots: a mistake of ours
                     raise
@@ -176,7 +182,7 @@ class RedisClient:
         for asked, reply in zip(batch, replies, strict=True):
             if asked.reply.done():  # whoever asked has gone
                 continue
-            if isinstance(reply, _AWAY):
+            if _says_away(reply):
                 asked.reply.set_exception(RedisAwayError(self._retry_after_s, may_have_run=True))
             elif isinstance(reply, Exception):
                 asked.reply.set_exception(reply)
@@ -191,6 +197,12 @@ class RedisClient:
         """Nothing more joins it."""
         if self._batch is batch:
             self._batch = None
+
+
+def _says_away(reply: object) -> bool:
+    return isinstance(reply, _AWAY) or (
+        isinstance(reply, exceptions.ResponseError) and str(reply).startswith(_TAKES_NO_WRITES)
+    )
 
 
 async def _run_script(redis: Redis, script: Script, keys: Sequence[str], args: Sequence[str | int]) -> ScriptReply:
@@ -212,7 +224,7 @@ async def _run_scripts(redis: Redis, batch: Sequence[_Asked]) -> list[_Outcome]:
                 replies[position] = await _run_script(redis, asked.script, asked.keys, asked.args)
             except exceptions.ResponseError as error:
                 replies[position] = error
-    if all(isinstance(reply, _AWAY) for reply in replies) and isinstance(replies[0], Exception):
+    if all(map(_says_away, replies)) and isinstance(replies[0], Exception):
         raise replies[0]
     return replies
 
