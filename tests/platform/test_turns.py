@@ -59,3 +59,11 @@ async def test_after_a_rest_there_is_a_whole_pass_again() -> None:
         assert _num_woken(sleepers) == 2
         await asyncio.sleep(0)
         await asyncio.sleep(0)
+
+
+async def test_of_very_many_more_are_woken_in_a_pass_so_that_none_waits_for_long() -> None:
+    turns, sleepers = Turns(1), _sleepers(1000)
+    for sleeper in sleepers:
+        turns.ask(sleeper)
+    await asyncio.sleep(0)
+    assert _num_woken(sleepers) == 1 + 999 // 64

@@ -10,12 +10,16 @@ woken all, and a stream then takes several tokens in one turn, which costs littl
 import asyncio
 from collections import deque
 
+_MANY_PASSES = 64
+"""No stream waits for more than a few times so many; a step is read in each, far less than a stream may buffer."""
+
 
 class Turns:
     """Wakes streams in the order in which they asked.
 
     Args:
-        per_pass: the most that are woken in one pass of the event loop.
+        per_pass: the most that are woken in one pass of the event loop; more where so many ask that the last would
+            wait for hundreds of passes.
     """
 
     def __init__(self, per_pass: int) -> None:
@@ -33,7 +37,7 @@ class Turns:
         self._wake()
 
     def _begin_pass(self) -> None:
-        self._num_left = self._per_pass
+        self._num_left = max(self._per_pass, len(self._asked) // _MANY_PASSES)
         self._has_next_pass = bool(self._asked)
         if self._has_next_pass:
             asyncio.get_running_loop().call_soon(self._begin_pass)
