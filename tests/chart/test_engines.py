@@ -77,6 +77,16 @@ def test_a_rollout_may_take_as_long_as_the_provider_needs() -> None:
     assert deadline_s["ovhcloud"] - deadline_s["scaleway"] == 4500 - 650
 
 
+def test_the_first_rollout_of_routers_may_take_as_long_as_the_first_engine_needs() -> None:
+    """Without one they are not ready."""
+    for provider in ("scaleway", "ovhcloud"):
+        case = Case((PROVIDER[provider], MODEL["llama-8b-l4"]))
+        engine = engine_of(case, "llama-8b")["spec"]
+        grace_s = engine["template"]["spec"]["terminationGracePeriodSeconds"]
+        router = find(render(case), "Deployment", "rempart-router")["spec"]
+        assert router["progressDeadlineSeconds"] > engine["progressDeadlineSeconds"] - grace_s
+
+
 def test_nodes_of_ovhcloud_are_not_forced_before_the_drain_ends() -> None:
     for deployment in render(Case((PROVIDER["ovhcloud"], MODEL["llama-8b-h100"]))):
         if deployment["kind"] == "Deployment":
@@ -185,6 +195,7 @@ def test_a_further_engine_of_a_model_restarts_no_router() -> None:
     """The first by name lends its tokenizer."""
     more = 'engines.z={"model": {"name": "smollm2"}, "weights": {"source": "s3://models/smollm2"}}'
     case = Case((SCALEWAY, INGRESS))
-    assert find(render(case), "Deployment", "rempart-router") == find(
-        render(case, more), "Deployment", "rempart-router"
+    before, after = (
+        find(manifests, "Deployment", "rempart-router") for manifests in (render(case), render(case, more))
     )
+    assert before["spec"]["template"] == after["spec"]["template"]

@@ -30,6 +30,11 @@ def test_there_are_three_and_they_name_what_is_there() -> None:
     assert '"model": "SmolLM2-135M-Instruct"' in text
 
 
+def test_routers_are_waited_for_as_long_as_they_may_take() -> None:
+    (timeout_s,) = re.findall(r"rollout status deployment/rempart-router --timeout=(\d+)s", notes(ON_A_CPU))
+    assert int(timeout_s) == find(render(ON_A_CPU), "Deployment", "rempart-router")["spec"]["progressDeadlineSeconds"]
+
+
 def test_the_commands_inside_the_router_are_ours() -> None:
     (inside,) = re.findall(r"sh -c '([^']*)'", notes(ON_A_CPU))
     for command in inside.split(" && "):

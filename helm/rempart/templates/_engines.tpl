@@ -46,3 +46,12 @@
 {{- $fetch := ternary (divf (mulf .engine.weights.sizeGiB 1024) $budget.fetchMiBPerS) 0.0 (ne .engine.weights.source "") -}}
 {{ add (int64 $budget.nodeS) (ceil $fetch) (include "rempart.loadS" . | int64) }}
 {{- end -}}
+
+{{/* Seconds that the routers' rollout may take: the first ones are ready when an engine is. */}}
+{{- define "rempart.routerRolloutS" -}}
+{{- $slowest := 0 -}}
+{{- range include "rempart.engines" . | fromJson -}}
+{{- $slowest = max $slowest (include "rempart.startS" (dict "root" $ "engine" .) | int64) -}}
+{{- end -}}
+{{ add $slowest (include "rempart.grace" .Values.router.drain | int64) }}
+{{- end -}}
