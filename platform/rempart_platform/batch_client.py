@@ -40,14 +40,15 @@ class BatchClient:
     def download(self, file_id: str, path: Path) -> None:
         """Writes a stored file to `path`, whole or not at all. Raises OSError when it cannot be written."""
         unfinished = path.with_name(f"{path.name}.part")
-        try:
-            with unfinished.open("wb") as target:
+        with unfinished.open("xb") as target:  # not that of another download
+            try:
                 request = batch_pb2.DownloadFileRequest(file_id=file_id)
                 for chunk in self._stub.DownloadFile(request, metadata=self._metadata):
                     target.write(chunk.content)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+                target.close()
+                os.replace(unfinished, path)
+            finally:
+                unfinished.unlink(missing_ok=True)
 
     def create(self, input_file_id: str, endpoint: str, window: str, metadata: Mapping[str, str]) -> batch_pb2.Batch:
         request = batch_pb2.CreateBatchRequest(

@@ -183,8 +183,12 @@ async def test_a_download_that_breaks_off_leaves_nothing(tmp_path: Path) -> None
         sh.batches.change(batch_id, status=BatchStatus.COMPLETED, output_file_id=output)
         sh.files.failure, sh.files.fail_at = RempartError(ErrorKind.UNAVAILABLE, "The storage does not answer."), 2
         ended = await sh.run("download", batch_id, "--output", str(tmp_path / "out"))
+        assert os.listdir(tmp_path) == []
+        (tmp_path / "out.part").write_text("mine")
+        taken = await sh.run("download", batch_id, "--output", str(tmp_path / "out"))
     assert (ended.returncode, "The storage does not answer" in ended.stderr) == (1, True)
-    assert os.listdir(tmp_path) == []
+    assert (taken.returncode, "out.part" in taken.stderr) == (1, True)
+    assert (tmp_path / "out.part").read_text() == "mine"
 
 
 async def test_ctrl_c_leaves_the_batch_and_says_how_to_fetch_it(requests: Path) -> None:
