@@ -16,7 +16,7 @@ from rempart_platform.tenancy.redis_client import RedisClient
 from rempart_platform.tenancy.testing import own_redis
 
 CONFIG = BatchConfig(
-    limits=BatchLimits(max_file_bytes=1000, max_files_per_tenant=3, max_uploads_per_tenant=6, file_lifetime_s=500)
+    limits=BatchLimits(max_file_bytes=1000, max_files_per_tenant=3, max_transfers_per_tenant=6, file_lifetime_s=500)
 )
 
 
@@ -103,7 +103,7 @@ async def test_a_tenant_may_have_as_many_files_and_no_more(rig: BatchRig) -> Non
     await rig.upload(b"x", "globex")
 
 
-async def test_a_tenant_may_have_as_many_uploads_at_a_time_and_no_more(rig: BatchRig) -> None:
+async def test_a_tenant_may_have_as_many_transfers_at_a_time_and_no_more(rig: BatchRig) -> None:
     has_begun, may_end = asyncio.Semaphore(0), asyncio.Event()
 
     async def content() -> AsyncIterator[bytes]:
@@ -114,16 +114,23 @@ async def test_a_tenant_may_have_as_many_uploads_at_a_time_and_no_more(rig: Batc
     uploads = [asyncio.create_task(rig.files.create("acme", "x", "batch", content())) for _ in range(6)]
     for _ in uploads:
         await has_begun.acquire()
-    with pytest.raises(RempartError, match="max_uploads_per_tenant") as caught:
+    with pytest.raises(RempartError, match="max_transfers_per_tenant") as caught:
         await rig.upload(b"x")
     assert caught.value.kind is ErrorKind.RATE_LIMIT_EXCEEDED
-    await rig.upload(b"x", "globex")
+    theirs = await rig.upload(b"x", "globex")
+    assert await content_of(rig, "globex", theirs) == b"x"
     uploads[0].cancel()
     may_end.set()
     ended = await asyncio.gather(*uploads, return_exceptions=True)
     assert sum(isinstance(each, RempartError) for each in ended) == 2, "no more than the files that it may have"
-    await rig.files.delete("acme", (await rig.files.list("acme"))[0].file_id)
-    await rig.upload(b"x")
+    file = (await rig.files.list("acme"))[0]
+    downloads = [rig.files.read(file) for _ in range(7)]
+    assert [await anext(pieces) for pieces in downloads[:6]] == [b"x"] * 6
+    with pytest.raises(RempartError, match="max_transfers_per_tenant"):
+        await anext(downloads[6])
+    for pieces in downloads:
+        await pieces.aclose()
+    assert await content_of(rig, "acme", file.file_id) == b"x"
 
 
 async def test_a_content_comes_in_pieces_that_are_not_too_large(rig: BatchRig) -> None:

@@ -264,6 +264,25 @@ async def test_a_tenant_may_have_as_many_open_batches_and_no_more(rig: BatchRig)
     await rig.submit([request_line(1)], caller=Caller("globex", CALLER.key_id))
 
 
+async def test_the_oldest_batches_are_forgotten_when_there_are_too_many(redis: RedisClient, tmp_path: Path) -> None:
+    limits = replace(CONFIG.limits, max_open_batches_per_tenant=2, max_batches_per_tenant=3)
+    rig = BatchRig(redis, tmp_path, replace(CONFIG, limits=limits))
+    rig.runner.held = {"1"}
+    running = await rig.submit([request_line(1)], window_s=3 * 3600)
+    async with rig.working():
+        ended = [await rig.ended(await rig.submit([request_line(2)])) for _ in range(2)]
+    with pytest.raises(RempartError, match="max_batches_per_tenant") as caught:
+        await rig.submit([request_line(1)])
+    assert caught.value.kind is ErrorKind.RATE_LIMIT_EXCEEDED
+    await rig.submit([request_line(1)], caller=Caller("globex", CALLER.key_id))
+    rig.now_s += CONFIG.keep_parts_s + 1
+    await rig.janitor().clean()
+    last = await rig.submit([request_line(1)])
+    kept, _ = await rig.batches.list("acme", limit=9)
+    assert [each.batch_id for each in kept] == [each.batch_id for each in (last, ended[1], running)]
+    assert await rig.texts(ended[0]) == right_texts([2]), "results stay"
+
+
 async def test_batches_are_listed_newest_first_and_seen_by_their_tenant_alone(rig: BatchRig) -> None:
     first, second = [await rig.submit([request_line(1)]) for _ in range(2)]
     assert await rig.batches.list("acme", limit=2) == ((second, first), False)

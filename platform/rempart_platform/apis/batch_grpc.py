@@ -3,7 +3,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from rempart_platform.apis import batch_rules
 from rempart_platform.apis.batch_messages import batch_message, file_message
@@ -33,7 +33,7 @@ class BatchesServicer(batch_pb2_grpc.BatchesServicer):
         async def serve(caller: Caller) -> batch_pb2.StoredFile:
             files = batch_rules.files_of(self._services)
             said = await upload.metadata()
-            lifetime_s = _lifetime_s(said, "lifetime_s")
+            lifetime_s = self._lifetime_s(said, "lifetime_s")
             file = await files.create(
                 caller.tenant,
                 batch_rules.check_filename(said.filename, param="filename"),
@@ -93,7 +93,7 @@ class BatchesServicer(batch_pb2_grpc.BatchesServicer):
                 completion_window_s=batch_rules.parse_window_s(window, self._services.batch_limits),
                 metadata=batch_rules.check_metadata(dict(request.metadata)),
                 input_file_id=batch_rules.check_file_id(request.input_file_id),
-                output_lifetime_s=_lifetime_s(request, "output_lifetime_s"),
+                output_lifetime_s=self._lifetime_s(request, "output_lifetime_s"),
             )
             return batch_message(batch)
 
@@ -124,6 +124,15 @@ class BatchesServicer(batch_pb2_grpc.BatchesServicer):
 
         return await self._answer(context, serve)
 
+    def _lifetime_s(
+        self,
+        message: batch_pb2.FileMetadata | batch_pb2.CreateBatchRequest,
+        field: Literal["lifetime_s", "output_lifetime_s"],
+    ) -> int | None:
+        if not message.HasField(field):
+            return None
+        return batch_rules.check_lifetime_s(getattr(message, field), self._services.batch_limits, param=field)
+
     async def _answer(
         self,
         context: Context,
@@ -131,8 +140,3 @@ class BatchesServicer(batch_pb2_grpc.BatchesServicer):
         before_refusal: Callable[[], Awaitable[None]] | None = None,
     ) -> _T:
         return await answer(self._services.authenticator, context, serve, before_refusal)
-
-
-def _lifetime_s(message: batch_pb2.FileMetadata | batch_pb2.CreateBatchRequest, field: str) -> int | None:
-    """None when the caller names none. Raises RempartError INVALID_REQUEST."""
-    return batch_rules.check_lifetime_s(getattr(message, field), param=field) if message.HasField(field) else None

@@ -14,7 +14,6 @@ PURPOSE: Final = "batch"
 DEFAULT_WINDOW: Final = "24h"
 MAX_FILENAME_CHARS: Final = 255
 MIN_LIFETIME_S: Final = 3600
-MAX_LIFETIME_S: Final = 30 * 24 * 3600
 MAX_FILES_PER_PAGE: Final = 10_000
 """Also when a caller names no number; as OpenAI has it, like the numbers above and below."""
 MAX_BATCHES_PER_PAGE: Final = 100
@@ -73,10 +72,12 @@ def check_purpose(purpose: str | None) -> str:
     return purpose
 
 
-def check_lifetime_s(seconds: int, *, param: str) -> int:
+def check_lifetime_s(seconds: int, limits: BatchLimits, *, param: str) -> int:
     """Raises RempartError INVALID_REQUEST."""
-    if not MIN_LIFETIME_S <= seconds <= MAX_LIFETIME_S:
-        raise _invalid(f"'{param}' must be between {MIN_LIFETIME_S} and {MAX_LIFETIME_S} seconds.", param)
+    most = limits.max_file_lifetime_s
+    if not MIN_LIFETIME_S <= seconds <= most:
+        message = f"'{param}' must be between {MIN_LIFETIME_S} and {most} seconds (limit max_file_lifetime_s)."
+        raise _invalid(message, param)
     return seconds
 
 

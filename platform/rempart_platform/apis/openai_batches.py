@@ -28,12 +28,6 @@ class CreateBatchBody(msgspec.Struct):
     metadata: dict[str, str] | None = None
     output_expires_after: ExpiresAfter | None = None
 
-    @property
-    def output_lifetime_s(self) -> int | None:
-        """Raises RempartError INVALID_REQUEST."""
-        expires = self.output_expires_after
-        return None if expires is None else batch_rules.check_lifetime_s(expires.seconds, param="output_expires_after")
-
 
 class BatchErrorObject(msgspec.Struct):
     code: str
@@ -139,9 +133,14 @@ class BatchRoutes:
             completion_window_s=batch_rules.parse_window_s(body.completion_window, self._services.batch_limits),
             metadata=batch_rules.check_metadata(body.metadata or {}),
             input_file_id=batch_rules.check_file_id(body.input_file_id),
-            output_lifetime_s=body.output_lifetime_s,
+            output_lifetime_s=self._lifetime_s(body.output_expires_after),
         )
         return json_response(BatchObject.of(batch))
+
+    def _lifetime_s(self, asked: ExpiresAfter | None) -> int | None:
+        if asked is None:
+            return None
+        return batch_rules.check_lifetime_s(asked.seconds, self._services.batch_limits, param="output_expires_after")
 
     async def _list(self, request: Request) -> Response:
         batches = batch_rules.batches_of(self._services)

@@ -89,11 +89,11 @@ class FileRoutes:
             async for piece in form.content():
                 yield piece
             # Fields may stand behind the file; nothing is kept of one for which they are not what they must be.
-            _lifetime_s(form)
+            _lifetime_s(form, limits)
             batch_rules.check_purpose(form.fields.get("purpose"))
 
         file = await files.create(
-            caller_of(request).tenant, filename, purpose, content(), lifetime_s=lambda: _lifetime_s(form)
+            caller_of(request).tenant, filename, purpose, content(), lifetime_s=lambda: _lifetime_s(form, limits)
         )
         return json_response(FileObject.of(file))
 
@@ -124,13 +124,13 @@ class FileRoutes:
         return _ContentResponse(first, pieces, headers)
 
 
-def _lifetime_s(form: UploadForm) -> int | None:
+def _lifetime_s(form: UploadForm, limits: BatchLimits) -> int | None:
     anchor, seconds = form.fields.get(_ANCHOR), form.fields.get(_SECONDS)
     if anchor is None and seconds is None:
         return None
     if anchor != "created_at":
         raise RempartError(ErrorKind.INVALID_REQUEST, f"'{_ANCHOR}' must be 'created_at'.", param=_ANCHOR)
-    return batch_rules.check_lifetime_s(parse_number(seconds or "", _SECONDS), param=_SECONDS)
+    return batch_rules.check_lifetime_s(parse_number(seconds or "", _SECONDS), limits, param=_SECONDS)
 
 
 async def _at_most(most: int, pieces: AsyncIterator[bytes], limits: BatchLimits) -> AsyncIterator[bytes]:

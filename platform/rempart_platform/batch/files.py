@@ -51,7 +51,7 @@ class StoredFiles:
         self._config = config
         self._limits = config.limits
         self._clock = clock
-        self._uploads: Counter[str] = Counter()
+        self._transfers: Counter[str] = Counter()
 
     async def create(
         self,
@@ -64,7 +64,7 @@ class StoredFiles:
     ) -> StoredFile:
         """Stores the content first and lists the file second."""
         most = self._limits.max_files_per_tenant
-        with self._upload(tenant):
+        with self._transfer(tenant):
             if await self._redis.call(lambda redis: redis.zcard(files_of(tenant))) >= most:
                 raise self._too_many(tenant)
             created_s = int(self._clock())
@@ -83,22 +83,22 @@ class StoredFiles:
         return await self._add(replace(file, num_bytes=num_bytes), _NO_LIMIT)
 
     @contextmanager
-    def _upload(self, tenant: str) -> Iterator[None]:
-        most = self._limits.max_uploads_per_tenant
-        if self._uploads[tenant] >= most:
+    def _transfer(self, tenant: str) -> Iterator[None]:
+        most = self._limits.max_transfers_per_tenant
+        if self._transfers[tenant] >= most:
             raise RempartError(
                 ErrorKind.RATE_LIMIT_EXCEEDED,
-                f"The limit of {most} uploads at a time is reached (max_uploads_per_tenant).",
+                f"The limit of {most} uploads and downloads at a time is reached (max_transfers_per_tenant).",
                 retry_after_s=_BUSY_RETRY_S,
-                violation=QuotaViolation(tenant, "uploads", most),
+                violation=QuotaViolation(tenant, "transfers", most),
             )
-        self._uploads[tenant] += 1
+        self._transfers[tenant] += 1
         try:
             yield
         finally:
-            self._uploads[tenant] -= 1
-            if not self._uploads[tenant]:
-                del self._uploads[tenant]
+            self._transfers[tenant] -= 1
+            if not self._transfers[tenant]:
+                del self._transfers[tenant]
 
     async def _store(self, tenant: str, file_id: str, content: AsyncIterator[bytes]) -> int:
         """Stores a content, noted as under way. Returns its bytes."""
@@ -154,12 +154,13 @@ class StoredFiles:
 
     async def read(self, file: StoredFile) -> AsyncGenerator[bytes, None]:
         """Its content, in pieces of up to `MAX_PIECE_BYTES`, none empty."""
-        try:
-            async for piece in self._storage.stream(file_path(file.tenant, file.file_id)):
-                for start in range(0, len(piece), MAX_PIECE_BYTES):
-                    yield piece[start : start + MAX_PIECE_BYTES]
-        except MissingObjectError:
-            raise no_such_file("file_id") from None
+        with self._transfer(file.tenant):
+            try:
+                async for piece in self._storage.stream(file_path(file.tenant, file.file_id)):
+                    for start in range(0, len(piece), MAX_PIECE_BYTES):
+                        yield piece[start : start + MAX_PIECE_BYTES]
+            except MissingObjectError:
+                raise no_such_file("file_id") from None
 
     async def remove(self, tenant: str, file_id: str) -> bool:
         """Removes a file, if there is one. False when an open batch reads it."""

@@ -95,9 +95,9 @@ class StoredBatches:
             metadata=dict(metadata),
             output_lifetime_s=output_lifetime_s,
         )
-        most = self._limits.max_open_batches_per_tenant
+        most_open, most = self._limits.max_open_batches_per_tenant, self._limits.max_batches_per_tenant
         record = [part for pair in _record(batch).items() for part in pair]
-        args = (batch.batch_id, caller.tenant, input_file_id, most, created_s, *record)
+        args = (batch.batch_id, caller.tenant, input_file_id, most_open, most, created_s, *record)
         (outcome,) = await self._redis.run_script(_CREATE, (ROOT,), args)
         if outcome == "no_input":
             message = "The file's purpose must be 'batch'."
@@ -105,12 +105,9 @@ class StoredBatches:
         if outcome == "no_file":
             raise no_such_file("input_file_id")
         if outcome == "full":
-            raise RempartError(
-                ErrorKind.RATE_LIMIT_EXCEEDED,
-                f"The limit of {most} batches that have not ended is reached (max_open_batches_per_tenant).",
-                retry_after_s=_FULL_RETRY_S,
-                violation=QuotaViolation(caller.tenant, "batches", most),
-            )
+            raise _too_many(caller.tenant, most_open, "that have not ended", "max_open_batches_per_tenant")
+        if outcome == "crowded":
+            raise _too_many(caller.tenant, most, "within an hour or so", "max_batches_per_tenant")
         self._on_created()
         return batch
 
@@ -190,6 +187,15 @@ def _parse(job_id: str, stored: Mapping[str, str]) -> Job:
         **{name: count(name) for name in _OPTIONAL if name in stored},
     )
     return Job(batch, count("num_shards"))
+
+
+def _too_many(tenant: str, most: int, which: str, limit: str) -> RempartError:
+    return RempartError(
+        ErrorKind.RATE_LIMIT_EXCEEDED,
+        f"The limit of {most} batches {which} is reached ({limit}).",
+        retry_after_s=_FULL_RETRY_S,
+        violation=QuotaViolation(tenant, "batches", most),
+    )
 
 
 def _no_such_batch() -> RempartError:

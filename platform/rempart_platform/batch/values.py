@@ -108,11 +108,15 @@ class BatchLimits:
     max_lines: int = 50_000
     max_line_bytes: int = 1024 * 1024
     max_files_per_tenant: int = 1000
-    max_uploads_per_tenant: int = 8
-    """Under way at a time, to one router: each holds up to some 10 MiB of its memory."""
+    max_transfers_per_tenant: int = 16
+    """Uploads and downloads under way at a time, of one router: each holds up to some 10 MiB of its memory."""
     max_open_batches_per_tenant: int = 50
+    max_batches_per_tenant: int = 2000
+    """That are remembered. The oldest that has ended makes room, once the results of its shards are gone."""
     file_lifetime_s: int = 30 * 24 * 3600
     """For how long files are kept that name no expiry of their own; 0 for ever."""
+    max_file_lifetime_s: int = 30 * 24 * 3600
+    """That files may name."""
     max_completion_window_s: int = 7 * 24 * 3600
     max_custom_id_chars: int = 512
     max_input_errors: int = 100
