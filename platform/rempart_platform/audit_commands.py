@@ -86,11 +86,24 @@ def show_log(
     """Print records, chain by chain. Nothing is checked: that does `rempart audit verify`."""
     from rempart_platform.audit.verify import Wanted, read_records
 
+    if day and not _is_day(day):
+        _fail(f"--day: {day!r} is no day such as 2026-11-25")
+
     async def show(store: "SegmentStore") -> None:
         async for record in read_records(store, Wanted(tenant, day, kind or "")):
             sys.stdout.write((json.dumps(record) if as_json else _one_line(record)) + "\n")
 
     _run(url, show)
+
+
+def _is_day(text: str) -> bool:
+    """In the one form that the log has."""
+    from datetime import date
+
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _one_line(record: dict[str, object]) -> str:

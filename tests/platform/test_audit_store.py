@@ -238,6 +238,7 @@ def test_the_command_says_what_it_cannot_do(tmp_path: Path) -> None:
         (("verify", url, "--redis-url", "unix:///nowhere"), "Redis does not answer"),
         (("verify", url, "--redis-url", "no url"), "--redis-url: "),
         (("verify", url), "holds no audit log"),
+        (("show", url, "--day", "25.11.2026"), "--day: '25.11.2026' is no day such as 2026-11-25"),
         (("verify", f"{url}-mistyped"), f"there is no folder {tmp_path}/audit-mistyped"),
         (("show", f"{url}-mistyped"), f"there is no folder {tmp_path}/audit-mistyped"),
     ):
