@@ -234,3 +234,13 @@ def test_money_shows_hundredths_at_least_and_prices_are_of_a_million() -> None:
     for text in ("", "-1", "nan", "inf", "x", "0.0000000001"):
         with pytest.raises(ValueError, match="no amount of money"):
             parse_money(text)
+
+
+def test_the_file_that_the_readme_shows_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACME_CI_KEY", f"rk_{'0' * 16}_{'1' * 64}")
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    (tmp_path / "tenants.toml").write_text(readme.partition("```toml\n")[2].partition("```")[0])
+    seed = read_seed(tmp_path / "tenants.toml")
+    assert set(seed.plans) == {"gold"}
+    assert set(seed.tenants) == {"acme"}
+    assert set(seed.prices.of_models) == {"deepseek-v3.2"}
