@@ -1,6 +1,6 @@
 """Money is counted in billionths of the operator's currency and written as a decimal."""
 
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, InvalidOperation, Overflow
 
 NANOS = 10**9
 _PRICED_TOKENS = 10**6
@@ -20,7 +20,7 @@ def parse_money(text: str) -> int:
     """
     try:
         nanos = Decimal(text) * NANOS
-    except InvalidOperation:
+    except (InvalidOperation, Overflow):
         raise ValueError(f"{text!r} is no amount of money") from None
     if not nanos.is_finite() or nanos < 0 or nanos != int(nanos):
         raise ValueError(f"{text!r} is no amount of money")

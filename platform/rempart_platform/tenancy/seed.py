@@ -25,7 +25,8 @@
 
 Or the same as JSON. What an entry says is put in force once: when it is new, or other than the last time. So a restart
 changes nothing, edits that were made meanwhile stay, and a changed file wins over them. What is in no file stays as it
-is. A key's entry changes with the key; the one that it was before ends, so two names make a change without a gap.
+is. A key's entry changes with the key; the one that it was before ends, unless the tenant has it by another name: so
+two names make a change without a gap.
 """
 
 import asyncio
@@ -33,7 +34,7 @@ import hashlib
 import json
 import os
 import tomllib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -164,7 +165,7 @@ async def _apply(redis: RedisClient, seed: Seed, keys: ApiKeyStore, tell: Callab
             if said_before != keys.describe(key):
                 tell(f"{entry} {key_id_of(key)}", name)
                 await keys.adopt(name, key)
-                await _revoke_other(keys, said_before.partition(" ")[0], key)
+                await _revoke_unlisted(keys, said_before.partition(" ")[0], tenant.keys.values())
                 await redis.write_hash(SEEDS, {entry: keys.describe(key)})
     if seed.prices != PriceList():
         prices = {model: [price.input, price.cached, price.output] for model, price in seed.prices.of_models.items()}
@@ -192,9 +193,10 @@ async def _apply_tenant(tenants: TenantRegistry, plans: PlanRegistry, name: str,
     await tenants.set_plan(name, seed.plan)
 
 
-async def _revoke_other(keys: ApiKeyStore, key_id: str, key: str) -> None:
-    """Ends the key that the same name had before, unless somebody has done so already."""
-    if key_id and key_id != key_id_of(key) and await keys.find(key_id) is not None:
+async def _revoke_unlisted(keys: ApiKeyStore, key_id: str, listed: Collection[str]) -> None:
+    """Ends the key that a name had before, unless the tenant has it by any name, or somebody has done so already."""
+    is_listed = any(key_id == key_id_of(key) for key in listed)
+    if key_id and not is_listed and await keys.find(key_id) is not None:
         await keys.revoke(key_id)
 
 
@@ -240,6 +242,8 @@ def _key(table: Mapping[str, object], where: str, environ: Mapping[str, str]) ->
     if len(table) != 1:
         raise SeedError(f"{where} must have one of {', '.join(_SECRET_FROM)}")
     ((source, name),) = table.items()
+    if key_id_of(str(name)) is not None:
+        raise SeedError(f"{where}.{source} is the key itself; it must name where the key lies")
     try:
         key = (Path(str(name)).read_text() if source == "from_file" else environ[str(name)]).strip()
     except (OSError, ValueError, KeyError) as error:
@@ -253,7 +257,7 @@ def _standing(table: Mapping[str, object], where: str) -> OwnStanding:
     weight, max_tier, group = (table.get(name) for name in STANDING)
     if not isinstance(weight, int | float | None) or isinstance(weight, bool):
         raise SeedError(f"{where}.weight must be a number")
-    if max_tier is not None and max_tier not in TIERS:
+    if max_tier is not None and str(max_tier) not in TIERS:
         raise SeedError(f"{where}.max_tier must be one of {', '.join(TIERS)}")
     standing = OwnStanding(
         weight=None if weight is None else float(weight),

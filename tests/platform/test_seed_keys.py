@@ -1,0 +1,61 @@
+"""Keys of the tenants' file whose names change, and files that are wrong in ways that their types hide."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from rempart_platform.tenancy.api_keys import ApiKeyStore, KeyHasher, key_id_of
+from rempart_platform.tenancy.limits import LimitSet
+from rempart_platform.tenancy.prices import PriceList
+from rempart_platform.tenancy.redis_client import RedisClient
+from rempart_platform.tenancy.seed import Seed, SeedError, TenantSeed, apply_seed, read_seed
+from rempart_platform.tenancy.testing import own_redis
+
+KEY, NEXT_KEY = f"rk_{1:016x}_{2:064x}", f"rk_{3:016x}_{4:064x}"
+
+
+@pytest.fixture
+async def redis() -> AsyncIterator[RedisClient]:
+    async with own_redis() as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    "renamed",
+    [{"old": KEY, "ci": NEXT_KEY}, {"ci": NEXT_KEY, "old": KEY}],
+    ids=["the old name first", "the new key first"],
+)
+@pytest.mark.parametrize("before", [{"ci": KEY}, {"ci": KEY, "old": NEXT_KEY}], ids=["one key", "two keys"])
+async def test_a_key_that_the_file_has_by_another_name_stays_valid(
+    redis: RedisClient, before: dict[str, str], renamed: dict[str, str]
+) -> None:
+    store = ApiKeyStore(redis, KeyHasher(b"a pepper of 16 bytes or more"))
+
+    async def sow(keys: dict[str, str]) -> set[str]:
+        await apply_seed(redis, Seed({}, {"acme": TenantSeed("", LimitSet(), keys=keys)}, PriceList()), store)
+        return {key.key_id for key in await store.list("acme")}
+
+    assert await sow(before) == {key_id_of(key) for key in before.values()}
+    assert await sow(renamed) == {key_id_of(KEY), key_id_of(NEXT_KEY)}
+
+
+@pytest.mark.parametrize("source", ["from_environ", "from_file"])
+def test_a_key_in_the_place_of_its_source_is_not_shown(tmp_path: Path, source: str) -> None:
+    (tmp_path / "tenants.toml").write_text(f"[tenants.a.keys.k]\n{source} = '{KEY}'")
+    with pytest.raises(SeedError, match=rf"tenants\.a\.keys\.k\.{source} is the key itself") as raised:
+        read_seed(tmp_path / "tenants.toml", {})
+    assert KEY not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[plans.gold]\nmax_tier = ['priority']", r"plans\.gold\.max_tier must be one of"),
+        ("[plans.gold]\nmoney_per_day = '1e999999'", r"plans\.gold\.money_per_day: '1e999999' is no amount"),
+    ],
+)
+def test_what_python_stumbles_over_is_named_too(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "tenants.toml").write_text(text)
+    with pytest.raises(SeedError, match=message):
+        read_seed(tmp_path / "tenants.toml")
