@@ -8,6 +8,8 @@ import pytest
 import yaml
 from tests.chart.rendering import CHART, EVERYTHING, IMAGE_VOLUME, INGRESS, SCALEWAY, Case, find, refusal, render
 
+from rempart_platform.config import CHAT_FORMATS
+
 BASE = Case((SCALEWAY, INGRESS))
 FULL = Case((EVERYTHING,))
 OLD = Case((IMAGE_VOLUME,), "1.32")
@@ -33,7 +35,7 @@ def claim(access_mode: str, source: str = "s3://models/smollm2") -> str:
         ('router.service.type="ExternalName"', "/router/service/type"),
         ('router.service.sourceRanges=["everybody"]', "/router/service/sourceRanges/0"),
         ('router.batchStore="https://s3"', "/router/batchStore"),
-        ('router.aliases={"a": "b"}', "/router/aliases/a"),
+        ('router.aliases={"a": "smollm2:0.5"}', "/router/aliases/a"),
         ('router.oidc.issuer="http://plain"', "/router/oidc/issuer"),
         ('router.tolerations=[{"operator": "Maybe"}]', "/router/tolerations/0/operator"),
         ('images.router.tag="latest"', "/images/router/tag"),
@@ -43,6 +45,7 @@ def claim(access_mode: str, source: str = "s3://models/smollm2") -> str:
         ('engines={"Big_Model": {"model": {"name": "x"}}}', "'Big_Model' not allowed"),
         ('engines.other={"machine": "cpu"}', "/engines/other"),
         (f'{SMALL}.model.name="two words"', "/engines/smollm2/model/name"),
+        (f'{SMALL}.model.chatFormat="alpaca"', "/engines/smollm2/model/chatFormat"),
         (f"{SMALL}.replicas=-1", "/engines/smollm2/replicas"),
         (f"{SMALL}.nodes=0", "/engines/smollm2/nodes"),
         (f'{SMALL}.role="both of them"', "/engines/smollm2/role"),
@@ -82,6 +85,8 @@ def test_the_schema_refuses(wrong: str, named: str) -> None:
         (BASE, ('images.registry=""',), "images.registry:"),
         (BASE, (f'{SMALL}.machine="tpu"',), "engines.smollm2.machine:"),
         (BASE, (f'engines.{"x" * 45}={{"model": {{"name": "x"}}}}',), "52 characters"),
+        (BASE, ('router.aliases={"a": "smollm2:9,other:1"}',), 'router.aliases.a: no engine serves "other"'),
+        (BASE, ('router.aliases={"smollm2": "smollm2"}',), "router.aliases.smollm2: is the name of a model"),
         (BASE, ('router.flags={"grpc-port": 9}',), "router.flags.grpc-port: the chart sets it"),
         (BASE, (f'{SMALL}.flags={{"model": "/else"}}',), "engines.smollm2.flags.model: the chart sets it"),
         (BASE, (f"{SMALL}.nodes=2",), "engines.smollm2.nodes: no engine of this version runs on several nodes"),
@@ -174,6 +179,12 @@ def test_the_schema_knows_the_values_that_there_are_and_no_others() -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     for at, part, given in beside(schema, values, schema["$defs"]):
         assert part.get("properties", {}).keys() - {"global"} == given.keys(), at
+
+
+def test_the_schema_knows_the_chat_formats_that_there_are() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    (engine,) = schema["properties"]["engines"]["patternProperties"].values()
+    assert set(engine["properties"]["model"]["properties"]["chatFormat"]["enum"]) == {"", *CHAT_FORMATS}
 
 
 def beside(part: Any, given: Any, definitions: Any, at: str = "values") -> Iterator[tuple[str, Any, Any]]:
