@@ -8,7 +8,7 @@ import pytest
 import yaml
 from tests.chart.rendering import CHART, EVERYTHING, IMAGE_VOLUME, INGRESS, SCALEWAY, Case, find, refusal, render
 
-from rempart_platform.config import CHAT_FORMATS
+from rempart_platform.chat.format import CHAT_FORMATS
 
 BASE = Case((SCALEWAY, INGRESS))
 FULL = Case((EVERYTHING,))
