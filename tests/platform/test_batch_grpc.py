@@ -145,6 +145,19 @@ async def test_a_hostile_upload_is_refused_and_nothing_is_kept(
     assert files.stored == {}
 
 
+@pytest.mark.parametrize("num_before", [0, 1, 2])
+async def test_what_is_no_message_is_the_clients_mistake(num_before: int) -> None:
+    files = FakeFiles()
+    parts = [about().SerializeToString(), content(CONTENT).SerializeToString()]
+    async with (
+        serve_batches(batch_services(files, FakeBatches(files))) as address,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        upload: grpc.aio.StreamUnaryMultiCallable[bytes, bytes] = channel.stream_unary("/rempart.v1.Batches/UploadFile")
+        assert (await failure_of(upload(iter([*parts[:num_before], b"\xff"]), metadata=AUTH))).code() is INVALID
+    assert files.stored == {}
+
+
 async def test_a_client_that_is_still_sending_sees_why_it_is_refused() -> None:
     files = FakeFiles()
     parts = [about(purpose="fine-tune"), *[content(b"x" * 100_000)] * 100, END]

@@ -26,9 +26,9 @@ _HOUR_S = 3600
 _MAX_SHOWN_CHARS = 64
 _WINDOW = re.compile(r"([1-9][0-9]{0,5})h", re.ASCII)
 _FILE_ID = re.compile(r"file-[0-9a-f]{32}")
-_CONTROLS = frozenset({"Cc", "Zl", "Zp"})
-"""Of Unicode: those that end a line or move a cursor."""
 _BATCH_ID = re.compile(r"batch_[0-9a-f]{32}")
+_CONTROLS = frozenset({"Cc", "Zl", "Zp"})
+"""Categories of Unicode: what ends a line or moves a cursor."""
 _T = TypeVar("_T")
 
 

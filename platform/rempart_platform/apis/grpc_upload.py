@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
+from google.protobuf.message import DecodeError
+
 from rempart_platform.apis.pace import Pace, PacedClient
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_protos.v1 import batch_pb2
@@ -13,7 +15,7 @@ class Upload:
     """One call's messages, read at the pace that uploads must keep.
 
     Raises:
-        RempartError: INVALID_REQUEST for messages out of order, REQUEST_TIMEOUT.
+        RempartError: INVALID_REQUEST for messages out of order or that are none, REQUEST_TIMEOUT.
     """
 
     def __init__(self, messages: AsyncIterator[batch_pb2.UploadFileRequest], pace: Pace) -> None:
@@ -49,7 +51,10 @@ class Upload:
 
     async def _next(self) -> batch_pb2.UploadFileRequest | None:
         self._is_waiting = True
-        message = await self._client.wait_for(anext(self._messages, None))
+        try:
+            message = await self._client.wait_for(anext(self._messages, None))
+        except DecodeError:
+            raise RempartError(ErrorKind.INVALID_REQUEST, "A message of the upload cannot be read.") from None
         self._is_waiting = False
         if message is not None:
             self._client.count(len(message.content))

@@ -156,11 +156,11 @@ class _ContentResponse(Response):
         await run_while_connected(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         # Each piece waits for the next one: a client that has all bytes may send its next request, so the last byte
         # must be the end of the response.
         last = self._first
         async with aclosing(self._rest):
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for piece in self._rest:
                 await send({"type": "http.response.body", "body": last, "more_body": True})
                 last = piece
