@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 
+import msgspec
 import pytest
 from redis.crc import key_slot
 
@@ -26,7 +27,7 @@ from rempart_platform.tenancy.fair_queue import (
     FairQueue,
     open_fair_queue,
 )
-from rempart_platform.tenancy.queue_keys import ModelKeys
+from rempart_platform.tenancy.queue_keys import FORMAT, ModelKeys
 from rempart_platform.tenancy.queue_testing import RecordingQueueObserver
 from rempart_platform.tenancy.queue_values import Place, QueueConfig, QueueRequest, QueueSnapshot
 from rempart_platform.tenancy.redis_client import RedisClient, RedisConfig, connect_redis
@@ -91,7 +92,7 @@ async def test_a_request_is_granted_at_once_and_leaves_nothing(
     assert held(await queue.snapshot(MODEL)) == (0, 0, 0)
     assert queue.num_places == queue.num_waiting == 0
     assert observer.counts == {"granted": 2}
-    names = {str(key).rpartition(":queue:")[2] for key in await redis.call(lambda each: each.keys("*"))}
+    names = {str(key).rpartition(f":queue:{FORMAT}:")[2] for key in await redis.call(lambda each: each.keys("*"))}
     assert names == {"state", "routers", "service"}
 
 
@@ -490,7 +491,7 @@ async def test_random_histories_keep_the_counts_true(redis: RedisClient, observe
         await history.release(queues[0])
         await history.settle()
     assert held(await queues[0].snapshot(MODEL)) == (0, 0, 0)
-    left = {str(key).rpartition(":queue:")[2] for key in await redis.call(lambda each: each.keys("*"))}
+    left = {str(key).rpartition(f":queue:{FORMAT}:")[2] for key in await redis.call(lambda each: each.keys("*"))}
     assert {name for name in left if not name.startswith(("inbox", "idle"))} == {"state", "routers", "service"}
 
 
@@ -572,6 +573,19 @@ async def test_tokens_are_reserved_as_rows_are(redis: RedisClient, observer: Rec
     assert (await queue.enqueue(ask("light", "light"))).done()
     assert (await queue.enqueue(ask("light-2", "light"))).done()
     assert not (await queue.enqueue(ask("light-3", "light"))).done()
+
+
+async def test_what_waits_in_another_format_stops_nobody(redis: RedisClient, observer: RecordingQueueObserver) -> None:
+    waiting, order, ready = (
+        ModelKeys(MODEL).queue[part].replace(f":queue:{FORMAT}:", ":queue:") for part in (1, 2, 11)
+    )  # as they were called in the first format
+    entry = msgspec.msgpack.encode({"class": 2, "tenant": "acme", "rows": 1, "router": "older", "number": 1})
+    await redis.call(lambda each: each.hset(waiting, "first", entry))
+    await redis.call(lambda each: each.zadd(order, {"2acme 0000000000000001 first": 0}))
+    await redis.call(lambda each: each.zadd(ready, {"acme": 0}))
+    queue = queue_of(redis, observer)
+    assert (await queue.enqueue(ask("second"))).done()
+    assert held(await queue.snapshot(MODEL)) == (0, 1, 30)
 
 
 def test_keys_lie_in_one_slot_of_a_cluster_whatever_the_models_name() -> None:

@@ -1,26 +1,31 @@
 """Every Redis key of the fair queue.
 
 Keys of one model share the hash tag `{model:<name>}`, in which the name is percent-encoded and so holds no braces.
-Sorted sets "by name" have equal scores. Before each: rempart:{model:<name>}.
+Sorted sets "by name" have equal scores. Before each: rempart:{model:<name>}:queue:<format>
 
-    :queue:state           hash    room in the engines, what of it is reserved and granted, floors, counters, sums
-    :queue:waiting         hash    request id → entry (MessagePack)
-    :queue:order           zset    "<class><tenant> <rank> <request id>", by name
-    :queue:ages            zset    request id → when it counts as the class above, µs
-    :queue:routers         zset    router → until when it is known to live, µs
-    :queue:owned           zset    "<router> w <request id>", "<router> g <request id> <fence>"; by name
-    :queue:leases          hash    request id → entry that was granted (MessagePack)
-    :queue:service         hash    tenant → tokens per weight in this minute
-    :queue:running         hash    "<class><tenant> " → charge of its leases, per weight; "rows <tenant>",
-                                   "tokens <tenant>" → what all its leases hold
-    :queue:inbox:<router>  list    "<request id> <fence>" of grants that the router has not taken yet
-    :queue:ready:<class>   zset    tenants with entries → virtual time
-    :queue:idle:<class>    zset    tenants without that are ahead of the floor → virtual time
+    :state           hash    room in the engines, what of it is reserved and granted, floors, counters, sums
+    :waiting         hash    request id → entry (MessagePack)
+    :order           zset    "<class><tenant> <rank> <request id>", by name
+    :ages            zset    request id → when it counts as the class above, µs
+    :routers         zset    router → until when it is known to live, µs
+    :owned           zset    "<router> w <request id>", "<router> g <request id> <fence>"; by name
+    :leases          hash    request id → entry that was granted (MessagePack)
+    :service         hash    tenant → tokens per weight in this minute
+    :running         hash    "<class><tenant> " → charge of its leases, per weight; "rows <tenant>",
+                             "tokens <tenant>" → what all its leases hold
+    :inbox:<router>  list    "<request id> <fence>" of grants that the router has not taken yet
+    :ready:<class>   zset    tenants with entries → virtual time
+    :idle:<class>    zset    tenants without that are ahead of the floor → virtual time
+
+While routers of two formats run, as during an update, each format has a queue of its own: engines may be given the work
+of both, and shares hold within each. What the older format leaves behind may be deleted.
 """
 
 from dataclasses import dataclass
 from urllib.parse import quote
 
+FORMAT = 2
+"""Of the values: it grows when routers of the version before would misread one."""
 _PARTS = ("state", "waiting", "order", "ages", "routers", "owned", "leases", "service", "running", "inbox:")
 
 
@@ -31,7 +36,7 @@ class ModelKeys:
     name: str
 
     def _key(self, part: str) -> str:
-        return f"rempart:{{model:{quote(self.name)}}}:queue:{part}"
+        return f"rempart:{{model:{quote(self.name)}}}:queue:{FORMAT}:{part}"
 
     @property
     def queue(self) -> tuple[str, ...]:
