@@ -9,10 +9,13 @@ import json
 import sys
 from pathlib import Path
 
-from grafana import Dashboard
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # also when run as a script
+
+from deploy.dashboards.grafana import Dashboard
 
 BOARDS = Path(__file__).with_name("boards")
-FOLDER = Path(__file__).parents[2] / "helm/rempart/dashboards"
+FOLDER = ROOT / "helm/rempart/dashboards"
 
 
 def main() -> int:
