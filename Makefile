@@ -11,7 +11,7 @@ GPU_PYTHON ?= $(BIN)/python
 GPU_INSTALLED := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED))
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-cpu test-triton test-gpu test-slow compile-kernels check format protos bench bench-dsa bench-queue bench-isolation bench-routers bench-gpu locks sbom clean
+.PHONY: help up test test-cpu test-triton test-gpu test-slow compile-kernels check format protos bench bench-dsa bench-queue bench-isolation bench-routers bench-gpu generated locks sbom clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -75,6 +75,11 @@ bench-routers: $(INSTALLED) ## the router beside LiteLLM's and vLLM's, each on o
 
 bench-gpu: $(GPU_INSTALLED) ## kernels, one layer's attention and a slice of DeepSeek-V3.2 on this machine's GPU, in nine minutes
 	PYTHONPATH=engine:platform:protos $(GPU_PYTHON) bench/gpu.py $(ARGS)
+
+generated: $(INSTALLED) ## write again what is made from other files: dashboards, the chart's README, docs/capacity.md
+	$(BIN)/python deploy/dashboards/generate.py
+	$(BIN)/python deploy/chart_readme.py
+	$(BIN)/python deploy/capacity.py
 
 locks: $(INSTALLED) ## pin what the images install by SHA-256, after a change of pyproject.toml or constraints.txt
 	$(BIN)/python deploy/images/lock.py
