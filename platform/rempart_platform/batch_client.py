@@ -12,8 +12,12 @@ from rempart_protos.v1 import batch_pb2, batch_pb2_grpc
 
 _TIMEOUT_S = 10.0
 _CHUNK_BYTES = 256 * 1024
-_CHANNEL_OPTIONS = (("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000))
-"""Uploads and downloads may take any time; a router that is gone without a word ends them all the same."""
+_CHANNEL_OPTIONS = (
+    # Uploads and downloads may take any time; a router that is gone without a word ends them all the same.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_receive_message_length", 64 * 1024 * 1024),  # a list of batches with all that is wrong with them
+)
 
 
 class BatchClient:

@@ -144,6 +144,15 @@ def large(tmp_path: Path) -> Path:
     return path
 
 
+async def test_as_many_batches_as_may_be_asked_for_are_shown_whatever_is_wrong_with_them() -> None:
+    errors = (InputError("invalid_json_line", "x" * 500, line=1),) * 100
+    async with shell() as sh:
+        ids = [await sh.create() for _ in range(100)][::-1]
+        for batch_id in ids:
+            sh.batches.change(batch_id, status=BatchStatus.FAILED, errors=errors)
+        assert await sh.ids("list", "--limit", "100") == ids
+
+
 async def test_a_refusal_is_one_line(requests: Path, large: Path, tmp_path: Path) -> None:
     async with shell(BatchLimits(max_file_bytes=20)) as sh:
         refused = {
