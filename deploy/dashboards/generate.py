@@ -9,13 +9,12 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # also when run as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also when run as a script
 
 from deploy.dashboards.grafana import Dashboard
 
 BOARDS = Path(__file__).with_name("boards")
-FOLDER = ROOT / "helm/rempart/dashboards"
+FOLDER = Path(__file__).resolve().parents[2] / "helm/rempart/dashboards"
 
 
 def main() -> int:
