@@ -447,6 +447,17 @@ async def test_what_is_granted_beyond_a_limit_is_seen_by_counting_anew(
         assert observer.counts["overgranted"] == 20
 
 
+async def test_what_is_refused_leaves_the_count_to_the_next_grant(observer: RecordingObserver) -> None:
+    async with own_redis() as redis:
+        config = QuotaConfig(default_limits=TenantLimits(tokens_per_minute=100), recount_s=3600.0)
+        await _ledger(redis, observer, config).reserve("acme", "first", 60)
+        await redis.call(lambda each: each.set(TenantKeys("acme").account()[5], 0))
+        ledger = _ledger(redis, observer, config)
+        assert (await _refusal(ledger, "larger than the limit", 101)).kind is ErrorKind.INVALID_REQUEST
+        await ledger.reserve("acme", "second", 60)
+        assert observer.counts["overgranted"] == 20
+
+
 async def test_full_redis_refuses_to_reserve_and_still_settles(observer: RecordingObserver) -> None:
     async with (
         embedded_redis(EmbeddedRedisConfig(max_memory_bytes=8 * 2**20)) as server,

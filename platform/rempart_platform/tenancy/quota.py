@@ -191,8 +191,11 @@ class Ledger:
             args += [plan, asked.model, asked.key_id]
             args += limits.own.inherit(self._config.default_limits).numbers()
             args += limits.of_model(asked.model).numbers()
-            args.append(self._max_recounted())
+            max_recounted = self._max_recounted()
+            args.append(max_recounted)
             reply = ReserveReply.parse(await self._redis.run_script(RESERVE, _keys(asked), args))
+            if max_recounted and not reply.is_admitted:
+                self._recount_at = self._clock()  # nothing was counted: the next one may be
             if reply.outcome != "plan":
                 return reply
             self._terms.has_plan(asked.tenant, reply.limit_name)
