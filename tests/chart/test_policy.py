@@ -332,6 +332,21 @@ def test_what_fetches_models_need_not_hold_what_writes_the_audit_log(value: str,
     }
 
 
+def test_whoever_speaks_to_storage_or_an_issuer_trusts_the_certificates_that_are_named() -> None:
+    trusting = set()
+    for _, pod in pods(render(Case((EVERYTHING,)))):
+        for container in containers(pod):
+            file = {"name": "SSL_CERT_FILE", "value": "/run/trusted/ca.crt"} in container.get("env", [])
+            mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+            assert file == (mounts.get("/run/trusted") == "trusted")
+            if file:
+                assert {"name": "our-authority", "defaultMode": 0o444} in (
+                    volume.get("configMap") for volume in pod["spec"]["volumes"]
+                )
+                trusting.add(container["name"])
+    assert trusting == {"router", "fetch", "tokenizer-llama", "tokenizer-v32"}
+
+
 def test_an_engine_whose_weights_are_there_reaches_nothing() -> None:
     policy = find(render(Case((EVERYTHING,))), "NetworkPolicy", "rempart-engine-smollm2")["spec"]
     assert "egress" not in policy
@@ -346,7 +361,15 @@ def test_the_built_in_redis_hears_routers_only_and_reaches_nothing() -> None:
 
 
 def test_every_config_map_secret_and_claim_that_is_mounted_is_there_or_named_by_a_value(renderings: Renderings) -> None:
-    by_value = {"audit-key", "jobs-and-audit", "llm-secrets", "models", "rempart-object-storage", "rempart-redis"}
+    by_value = {
+        "audit-key",
+        "jobs-and-audit",
+        "our-authority",
+        "llm-secrets",
+        "models",
+        "rempart-object-storage",
+        "rempart-redis",
+    }
     for case, manifests in renderings.items():
         made = {each["metadata"]["name"] for each in manifests} | by_value
         for name, pod in pods(manifests):

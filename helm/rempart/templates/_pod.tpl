@@ -99,3 +99,26 @@ preStop:
 {{- end }}
 {{- end }}
 {{- end -}}
+
+{{/* What Python and obstore look for instead of the image's certificates; then its volume and where that is. Of the root. */}}
+{{- define "rempart.trustEnv" -}}
+{{- if .Values.trustedCertificates }}
+- name: SSL_CERT_FILE
+  value: /run/trusted/ca.crt
+{{- end }}
+{{- end -}}
+
+{{- define "rempart.trustMount" -}}
+{{- if .Values.trustedCertificates }}
+- {name: trusted, mountPath: /run/trusted, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{- define "rempart.trustVolume" -}}
+{{- with .Values.trustedCertificates }}
+- name: trusted
+  configMap:
+    name: {{ . }}
+    defaultMode: 0444
+{{- end }}
+{{- end -}}

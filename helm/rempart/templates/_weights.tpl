@@ -68,6 +68,9 @@ rempart.fetch (dict "root" $ "engine" $engine "name" "fetch" "image" $image "vol
   env:
     - name: HOME
       value: /tmp
+    {{- with include "rempart.trustEnv" .root | trim }}
+    {{- . | nindent 4 }}
+    {{- end }}
     {{- with include "rempart.objectStorageEnv" (dict "root" .root "secret" (include "rempart.objectStorageSecretName" .root)) | trim }}
     {{- . | nindent 4 }}
     {{- end }}
@@ -79,6 +82,9 @@ rempart.fetch (dict "root" $ "engine" $engine "name" "fetch" "image" $image "vol
   volumeMounts:
     - {name: {{ .volume }}, mountPath: {{ .mountPath }}}
     - {name: tmp, mountPath: /tmp}
+    {{- with include "rempart.trustMount" .root | trim }}
+    {{- . | nindent 4 }}
+    {{- end }}
     {{- if $weights.publicKey }}
     - {name: keys, mountPath: /keys, readOnly: true}
     {{- end }}

@@ -117,6 +117,11 @@ spec:
     {{- include "rempart.weightsVolume" (dict "root" $root "engine" $engine "name" "weights" "readOnly" (not $weights.source)) | nindent 4 }}
     - name: tmp
       emptyDir: {sizeLimit: 4Gi}
+    {{- if $weights.source }}
+    {{- with include "rempart.trustVolume" $root | trim }}
+    {{- . | nindent 4 }}
+    {{- end }}
+    {{- end }}
     - name: shared-memory
       emptyDir: {medium: Memory, sizeLimit: {{ $engine.sharedMemory }}}
     {{- if $weights.publicKey }}
