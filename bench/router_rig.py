@@ -157,6 +157,7 @@ def _router_args(tokenizer: Path, addresses: Mapping[str, str], audit: Path) -> 
     args = ["rempart_platform", "--engines", ",".join(addresses.values())]
     args += [part for name in addresses for part in ("--model", f"{name}={tokenizer}")]
     args += ["--audit-store", audit.as_uri()]
+    args += ["--redis-timeout-s", "2"]  # Redis shares its core with the load, and is not away when it waits for it
     return [*args, "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
 
 
