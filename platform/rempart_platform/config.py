@@ -93,7 +93,9 @@ class RouterConfig:
     """Tenants that metrics name; further ones count as "other"."""
     tenants_file: str = ""
     """Plans, tenants and prices to begin with, TOML or JSON; see `tenancy/seed.py`."""
-    redis_timeout_s: float = 0.25
+    redis_timeout_s: float = 1.0
+    """For a connection and for an answer, each. A router that is busy for longer takes a Redis that has answered to be
+    away."""
     redis_max_connections: int = 64
     redis_max_batch: int = 32
     """Most scripts that are sent to Redis in one round trip."""
