@@ -43,7 +43,7 @@ def _folder(path: Path, *, for_reading: bool) -> ObjectStore:
     if for_reading and not path.is_dir():
         raise ObjectStoreUrlError(f"there is no folder {path}")
     try:
-        return LocalStore(path, mkdir=True)
+        return LocalStore(path, automatic_cleanup=True, mkdir=True)
     except OSError as error:
         raise ObjectStoreUrlError(f"the folder {path} cannot be made: {error}") from None
 

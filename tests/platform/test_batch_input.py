@@ -1,5 +1,6 @@
 """Which inputs are refused, and how those that are not are cut."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -91,6 +92,40 @@ async def test_a_custom_id_may_have_a_length_that_is_named() -> None:
     (error,) = await errors_of(as_input([request_line(0), request_line(10)]), config)
     assert (error.code, error.line) == ("invalid_custom_id", 2)
     assert "max_custom_id_chars" in error.message
+
+
+async def test_no_error_repeats_a_name_as_long_as_its_line() -> None:
+    """All of them are kept in Redis, and read with the batch each time."""
+    config = replace(CONFIG, limits=BatchLimits())
+    (error,) = await errors_of(as_input([request_line(0, body={"model": "\0" * 100_000})]), config)
+    assert error.code == "model_not_found"
+    assert len(error.message) < 1000
+
+
+async def test_online_requests_have_their_turns_while_an_input_of_blank_lines_is_read() -> None:
+    num_turns = 0
+
+    async def count_turns() -> None:
+        nonlocal num_turns
+        while True:
+            await asyncio.sleep(0)
+            num_turns += 1
+
+    counting = asyncio.create_task(count_turns())
+    await asyncio.sleep(0)
+    with pytest.raises(BadInputError):
+        await check_input(in_pieces(b"\n" * 2**20, 2**20), ENDPOINT, CONFIG, lambda model: True)
+    counting.cancel()
+    assert num_turns >= 2**20 // 2**16
+
+
+async def test_blank_lines_that_are_very_many_end_a_shard() -> None:
+    content = b"\n".join([as_input([request_line(0)]), b"\n" * 5000, as_input([request_line(1)])])
+    config = replace(CONFIG, limits=BatchLimits())
+    assert [(shard.first_line, shard.num_lines) for shard in (await plan_of(content, config)).shards] == [
+        (1, 1),
+        (5004, 1),
+    ]
 
 
 async def test_an_empty_input_and_one_that_is_too_long_are_refused() -> None:

@@ -83,6 +83,39 @@ async def test_objects_are_put_got_and_deleted(store: ObjectStore) -> None:
     assert await storage.get("b/empty") == b""
 
 
+async def test_two_that_delete_the_same_do_each_other_no_harm(store: ObjectStore) -> None:
+    storage = BatchStorage(store)
+    for number in range(100):
+        await storage.put_first(f"a/{number}", b"x")
+    await asyncio.gather(*(storage.delete_all("a") for _ in range(4)))
+    with pytest.raises(MissingObjectError):
+        await storage.get("a/99")
+
+
+def test_an_emptied_folder_goes_with_its_last_object(tmp_path: Path) -> None:
+    folder = tmp_path / "objects"
+    store = open_object_store(f"file://{folder}")
+    store.put("jobs/acme/one/plan", b"x")
+    store.put("jobs/acme/two/plan", b"x")
+    store.delete("jobs/acme/one/plan")
+    assert [path.name for path in (folder / "jobs" / "acme").iterdir()] == ["two"]
+    store.delete("jobs/acme/two/plan")
+    assert list(folder.iterdir()) == []
+    assert folder.is_dir()
+
+
+async def test_writers_do_not_mind_that_folders_go_beside_them(tmp_path: Path) -> None:
+    storage = BatchStorage(open_object_store(f"file://{tmp_path}/objects"))
+
+    async def put_and_delete(name: str) -> None:
+        for _ in range(100):
+            assert await storage.put_first(f"jobs/acme/one/{name}", b"x")
+            assert await storage.get(f"jobs/acme/one/{name}") == b"x"
+            await storage.delete(f"jobs/acme/one/{name}")
+
+    await asyncio.gather(*(put_and_delete(name) for name in "abcd"))
+
+
 async def test_a_stream_that_breaks_leaves_nothing(store: ObjectStore) -> None:
     async def broken() -> AsyncIterator[bytes]:
         yield b"x" * LARGE

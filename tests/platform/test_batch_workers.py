@@ -215,6 +215,19 @@ async def test_work_is_found_however_many_tenants_have_none(rig: BatchRig) -> No
     assert await queue.claim(("acme another-model",)) is not None
 
 
+async def test_work_is_found_however_many_older_jobs_of_its_tenant_have_none(
+    redis: RedisClient, tmp_path: Path
+) -> None:
+    rig = BatchRig(redis, tmp_path, replace(CONFIG, lease_s=3600.0, limits=BatchLimits()))
+    queue = WorkQueue(redis, rig.config, "another", rig.clock)
+    for _ in range(20):
+        batch = await rig.submit([request_line(1)])
+        claim = await queue.claim(())
+        assert claim is not None
+        assert claim.job_id == batch.batch_id
+    assert await queue.claim(()) is None
+
+
 async def test_a_router_takes_no_more_shards_than_it_may_hold(redis: RedisClient, tmp_path: Path) -> None:
     rig = BatchRig(redis, tmp_path, replace(CONFIG, lines_per_shard=1, max_shards=2))
     rig.runner.held |= {"0"}

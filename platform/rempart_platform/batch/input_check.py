@@ -3,7 +3,6 @@
 A line may still fail on its own when its turn comes; what is checked here would fail the whole.
 """
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 
 import msgspec
@@ -15,8 +14,8 @@ from rempart_platform.batch.values import BatchLimits, InputError
 from rempart_platform.errors import RempartError
 from rempart_platform.json_guard import check_json_shape
 
-_BYTES_PER_TURN = 64 * 1024  # online requests of this router wait meanwhile
 _MAX_NODES, _MAX_DEPTH = 1_000_000, 128
+_MAX_SHOWN = 100  # characters of a name that a line brings: errors are kept in Redis
 
 _line_decoder = msgspec.json.Decoder(RequestLine)
 _body_decoder = msgspec.json.Decoder(RequestBody)
@@ -45,7 +44,7 @@ async def check_input(
     """
     check = _Check(endpoint, config.limits, is_model)
     cutter = Cutter(config.lines_per_shard, config.max_shard_bytes)
-    num_lines = next_turn = 0
+    num_lines = 0
     try:
         async for line in read_lines(pieces, config.limits.max_line_bytes):
             num_lines += 1
@@ -57,9 +56,6 @@ async def check_input(
             cutter.add(line)
             if check.is_full:
                 break
-            if line.end >= next_turn:
-                next_turn = line.end + _BYTES_PER_TURN
-                await asyncio.sleep(0)
     except LineTooLongError as error:
         message = f"The line is longer than {config.limits.max_line_bytes} bytes (limit max_line_bytes)."
         check.refuse(InputError("line_too_long", message, line=error.number))
@@ -126,7 +122,9 @@ class _Check:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             return InputError("invalid_body", f"'body' must be an object that names a model: {error}.", "body", number)
         if not self._is_model(model):
-            return InputError("model_not_found", f"The model {model!r} does not exist.", "body.model", number)
+            return InputError(
+                "model_not_found", f"The model {model[:_MAX_SHOWN]!r} does not exist.", "body.model", number
+            )
         self.model = self.model or model
         if model != self.model:
             message = f"All lines must name one model; the first names {self.model!r}."

@@ -4,6 +4,8 @@ import msgspec
 
 from rempart_platform.batch.input_lines import InputLine
 
+_MAX_SPAN = 4096  # lines of a shard and blank ones among them, for a worker splits a shard at one go
+
 
 class Shard(msgspec.Struct, frozen=True):
     """Lines that are worked on together: bytes `start` to `end` of the input."""
@@ -49,11 +51,18 @@ class Cutter:
 
     def add(self, line: InputLine) -> None:
         current = self._current
-        if current is not None and current.num_lines < self._max_lines and line.end - current.start <= self._max_bytes:
+        if current is not None and self._fits(current, line):
             self._current = Shard(current.start, line.end, current.first_line, current.num_lines + 1)
             return
         self._close()
         self._current = Shard(line.start, line.end, line.number, 1)
+
+    def _fits(self, shard: Shard, line: InputLine) -> bool:
+        return (
+            shard.num_lines < self._max_lines
+            and line.end - shard.start <= self._max_bytes
+            and line.number - shard.first_line < max(_MAX_SPAN, self._max_lines)
+        )
 
     def shards(self) -> tuple[Shard, ...]:
         self._close()

@@ -80,7 +80,12 @@ class BatchStorage:
     async def delete_all(self, prefix: str) -> None:
         with _our_errors():
             async for listed in obstore.list(self._store, prefix):
-                await obstore.delete_async(self._store, [each["path"] for each in listed])
+                paths = [each["path"] for each in listed]
+                try:
+                    await obstore.delete_async(self._store, paths)
+                except FileNotFoundError:  # somebody else deletes them too, and this call has left some
+                    for path in paths:
+                        await self.delete(path)
 
 
 def file_path(tenant: str, file_id: str) -> str:

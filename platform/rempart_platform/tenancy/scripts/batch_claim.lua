@@ -1,10 +1,11 @@
 -- Gives a worker one task: of the tenant whose turn it is, of its oldest job that has one, first what another worker
 -- holds no longer. Looks at few tenants and jobs, so that it is short whatever there is to do, and gives each tenant
--- that it looked at a later turn, so that the next call looks at others.
+-- that it looked at a later turn, so that the next call looks at others. The oldest jobs of a tenant may all be in other
+-- hands, so of a tenant it looks at all: there are few, by `max_open_batches_per_tenant`.
 -- ARGV: worker, lease_ms, the most deliveries, then "<tenant> <model>" of whom the worker takes no more
 -- Reply: job, task, entry, token, and how often it was delivered since a line of it was answered; or, when those that it
 --   looked at have none, how many tenants these were, and how many there are
-local MAX_TENANTS, MAX_JOBS, MAX_DEAD = 16, 8, 10000
+local MAX_TENANTS, MAX_JOBS, MAX_DEAD = 16, 128, 10000
 local worker, lease_ms, most = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local is_full = {}
 for i = 4, #ARGV do
@@ -33,10 +34,10 @@ local function take(job)
   return entry
 end
 
-local tenants = redis.call('ZRANGE', key('turns'), 0, MAX_TENANTS - 1)
-for _, tenant in ipairs(tenants) do
+local num_tenants, num_jobs = 0, 0
+for _, tenant in ipairs(redis.call('ZRANGE', key('turns'), 0, MAX_TENANTS - 1)) do
   redis.call('ZADD', key('turns'), next_number('turn'), tenant)
-  local num_looked = 0
+  num_tenants = num_tenants + 1
   for _, job in ipairs(redis.call('ZRANGE', key('open', tenant), 0, -1)) do
     if not is_full[tenant .. ' ' .. (job_field(job, 'model') or '')] then
       local entry = take(job)
@@ -50,11 +51,11 @@ for _, tenant in ipairs(tenants) do
         end
         return { job, task, entry[1], token, deliveries }
       end
-      num_looked = num_looked + 1
-      if num_looked == MAX_JOBS then
-        break
-      end
+      num_jobs = num_jobs + 1
     end
   end
+  if num_jobs >= MAX_JOBS then
+    break
+  end
 end
-return { #tenants, redis.call('ZCARD', key('turns')) }
+return { num_tenants, redis.call('ZCARD', key('turns')) }
