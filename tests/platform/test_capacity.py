@@ -61,6 +61,12 @@ def test_nothing_is_reserved_where_nothing_shall_be() -> None:
     assert capacity == Capacity(24, 12800)
 
 
+@pytest.mark.parametrize(("rows", "reserved"), [(1, 0), (2, 1 + 4), (4, 2 + 4)])
+def test_the_largest_reserve_leaves_a_row(rows: int, reserved: int) -> None:
+    few = replace(IDLE, model=replace(MODEL, max_num_rows=rows))
+    assert capacity_of([few], "m", replace(RULES, reserve=1.0)).reserved_rows == reserved
+
+
 @pytest.mark.parametrize(
     "changes", [{"reserve": 1.5}, {"rows_per_endpoint": 0}, {"rows_ahead": 0}, {"token_overcommit": 0.0}]
 )

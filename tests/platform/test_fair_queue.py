@@ -13,7 +13,8 @@ import msgspec
 import pytest
 from redis.crc import key_slot
 
-from rempart_platform.endpoints.capacity import Capacity
+from rempart_platform.endpoints.capacity import Capacity, CapacityRules, capacity_of
+from rempart_platform.endpoints.load import EndpointLoad, EndpointModel, EndpointState
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import ServiceTier, Usage
 from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redis
@@ -561,6 +562,22 @@ async def test_one_that_holds_much_leaves_the_reserve_to_others_once_there_are_o
     await release(light[:1])
     assert len(await granted("third", 3)) == 1
     assert (await queue.snapshot(MODEL)).rows == 8
+
+
+@pytest.mark.parametrize(("rows", "kept"), [(4, 1), (5, 1), (8, 1), (16, 2), (64, 4)])
+async def test_a_flood_leaves_rows_free_however_few_an_engine_has(
+    redis: RedisClient, observer: RecordingQueueObserver, rows: int, kept: int
+) -> None:
+    model = EndpointModel(MODEL, max_model_len=4096, vocab_size=8, eos_token_ids=(0,), block_size=64, max_num_rows=rows)
+    state = EndpointState("a:1", model, is_ready=True, load=EndpointLoad(num_blocks=10**6))
+    queue = queue_of(redis, observer, capacity_of([state], MODEL, CapacityRules()))
+    for tenant in ("light", "flood"):
+        queue.release(await queue.acquire(ask(tenant, tenant)), SOME)
+    await queue.drain()
+    flood = [await queue.enqueue(ask(f"flood-{number}", "flood")) for number in range(2 * rows)]
+    assert sum(each.done() for each in flood) == rows - kept
+    light = [await queue.enqueue(ask(f"light-{number}", "light")) for number in range(kept)]
+    assert all(each.done() for each in light)
 
 
 async def test_tokens_are_reserved_as_rows_are(redis: RedisClient, observer: RecordingQueueObserver) -> None:

@@ -15,7 +15,8 @@ class Capacity:
     rows: int
     tokens: int
     reserved_rows: int = 0
-    """Those of `rows` that are for tenants that hold no more than these, where several tenants are served."""
+    """Those of `rows` that are for tenants that hold no more than these, or than the rest where that is less, where
+    several tenants are served."""
     reserved_tokens: int = 0
 
 
@@ -66,7 +67,7 @@ def _capacity_of(state: EndpointState, model: EndpointModel, rules: CapacityRule
         # It may run more than when it was full of longer ones, and then this grows.
         running = min(max(state.full_rows, load.num_running), most)
     rows = min(running + rules.rows_ahead, rules.rows_per_endpoint)
-    reserved = math.floor(rules.reserve * math.sqrt(running))
+    reserved = min(math.floor(rules.reserve * math.sqrt(running)), max(running - 1, 0))  # never all of them
     tokens = round(load.num_blocks * model.block_size * rules.token_overcommit)
     reserved_tokens = tokens * reserved // max(running, 1)
     if reserved and running == most:

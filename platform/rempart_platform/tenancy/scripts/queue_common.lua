@@ -225,6 +225,12 @@ local function is_shared()
   return redis.call('HLEN', service_key) > 1 or state('tenants') > 1
 end
 
+-- Whether a grant that leaves so much granted, and so much held by its tenant, takes nothing that is kept for others.
+-- A tenant may hold as much of that as is reserved. Of few rows that is most: there it may hold as much as the rest.
+local function leaves_reserve(granted, held, max, reserved)
+  return granted <= max - reserved or held <= math.min(reserved, max - reserved)
+end
+
 -- Whether an entry has room. What is larger than everything has it when nothing else runs. The reserve is for tenants
 -- that hold no more than it: so one that floods leaves room for one that comes now and then.
 local function has_room(entry)
@@ -249,8 +255,9 @@ local function has_room(entry)
     return true
   end
   local held = redis.call('HMGET', running_key, unpack(holdings(entry.tenant)))
-  return (rows <= max_rows - reserved_rows or tonumber(held[1] or '0') + entry.rows <= reserved_rows)
-    and (tokens <= max_tokens - reserved_tokens or tonumber(held[2] or '0') + entry.tokens <= reserved_tokens)
+  local held_rows, held_tokens = tonumber(held[1] or '0') + entry.rows, tonumber(held[2] or '0') + entry.tokens
+  return leaves_reserve(rows, held_rows, max_rows, reserved_rows)
+    and leaves_reserve(tokens, held_tokens, max_tokens, reserved_tokens)
 end
 
 -- Begins the lease of a request, charged at `start`. Returns the virtual time of its flow from now on.
