@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from grpc_health.v1 import health_pb2
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from tests.chart.rendering import CHART, EVERYTHING, MODELS, ROOT, SCALEWAY, Case, Manifest, find, pods, render
@@ -22,7 +23,7 @@ from rempart_platform.config import RouterConfig
 from rempart_platform.local_testing import FAKE_ENGINE, PlatformUnderTest, write_byte_model
 from rempart_platform.tenancy.embedded import find_server
 from rempart_platform.tenancy.seed import read_seed
-from rempart_protos.v1 import admin_pb2, engine_pb2, inference_pb2
+from rempart_protos.v1 import admin_pb2, batch_pb2, engine_pb2, inference_pb2
 
 Renderings = Mapping[Case, tuple[Manifest, ...]]
 EVERY = Case((EVERYTHING,))
@@ -138,8 +139,13 @@ def _decoded(text: str) -> bytes:
 def test_the_public_grpc_services_exist_and_admin_is_not_among_them() -> None:
     (rule,) = find(render(EVERY), "GRPCRoute")["spec"]["rules"]
     public = {match["method"]["service"] for match in rule["matches"]}
-    assert inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name in public
-    assert admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name not in public
+    ours = {
+        service.full_name
+        for file in (inference_pb2, batch_pb2, admin_pb2)
+        for service in file.DESCRIPTOR.services_by_name.values()
+    }
+    admin = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
+    assert public == ours - {admin} | {health_pb2.DESCRIPTOR.services_by_name["Health"].full_name}
 
 
 def test_every_public_path_has_a_route_and_health_is_for_the_cluster() -> None:

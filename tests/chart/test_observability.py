@@ -1,6 +1,7 @@
 """Rules, dashboards and autoscalers: what is rendered is what the files say, and Prometheus understands it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,14 @@ def test_a_horizontal_autoscaler_divides_sums_and_compares_means() -> None:
 def _recordings(name: str) -> list[dict[str, str]]:
     (group,) = yaml.safe_load((CHART / "rules" / f"{name}.yaml").read_text())["groups"]
     return list(group["rules"])
+
+
+@pytest.mark.parametrize("name", ["", "llm"])
+def test_the_alert_on_certificates_finds_ours_whatever_the_release_is_called(name: str) -> None:
+    certificate = find(render(EVERY, f'fullnameOverride="{name}"'), "Certificate")
+    (group,) = yaml.safe_load((CHART / "rules" / f"{EXCLUDED}.yaml").read_text())["groups"]
+    (pattern,) = re.findall(r'name=~"([^"]*)"', group["rules"][0]["expr"])
+    assert re.fullmatch(pattern, certificate["metadata"]["name"])
 
 
 def test_monitors_find_the_ports_of_routers_and_engines() -> None:
