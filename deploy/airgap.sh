@@ -19,7 +19,8 @@ usage() {
 }
 
 needs() { # "image REFERENCE" and "model URL", each once
-  helm template rempart "$chart" "$@" | sed -n \
+  rendered=$(helm template rempart "$chart" "$@") || exit 1
+  printf '%s\n' "$rendered" | sed -n \
     -e 's/^ *-\{0,1\} *\(image\|reference\): *"\{0,1\}\([^" ]*\)"\{0,1\} *$/image \2/p' \
     -e 's/^ *- *"\{0,1\}\(s3:\/\/[^" ]*\)"\{0,1\} *$/model \1/p' | sort -u
 }

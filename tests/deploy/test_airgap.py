@@ -88,6 +88,13 @@ def test_a_folder_that_was_changed_on_its_way_is_not_pushed(environ: dict[str, s
     assert Path(environ["CALLS"]).read_text() == calls
 
 
+def test_values_that_the_chart_refuses_are_not_packed(environ: dict[str, str], tmp_path: Path) -> None:
+    wrong = (*FLAGS, "--set", "router.replica=2")
+    airgap(environ, "list", *wrong, exit_code=1)
+    airgap(environ, "pack", str(tmp_path / "packed"), *wrong, exit_code=1)
+    assert not list(tmp_path.glob("packed/**/*.*"))
+
+
 def test_it_says_how_it_is_used(environ: dict[str, str]) -> None:
     for args in ((), ("send",), ("push", "folder")):
         airgap(environ, *args, exit_code=2)
