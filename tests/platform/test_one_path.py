@@ -1,0 +1,72 @@
+"""Whichever way a request comes, the dispatcher is told the real model, and a tier and a group by its caller."""
+
+import json
+from dataclasses import dataclass, replace
+
+import grpc
+import httpx
+
+from rempart_platform.aliases import parse_alias
+from rempart_platform.apis.grpc import InferenceServicer
+from rempart_platform.apis.line_runner import OnlineLineRunner
+from rempart_platform.apis.openai import build_app
+from rempart_platform.apis.services import ApiServices
+from rempart_platform.apis.testing import FakeDispatcher, fake_services, tiny_model
+from rempart_platform.generation import Caller, ServiceTier, Standing
+from rempart_platform.models import ModelCatalog
+from rempart_protos.v1 import inference_pb2, inference_pb2_grpc
+
+CALLER = Caller("acme", "oidc:0123", Standing(weight=4.0, max_tier=ServiceTier.FLEX, cache_group="house"))
+AUTHORIZATION = "Bearer of whatever kind"
+
+
+@dataclass(frozen=True)
+class AnyBearer:
+    """As keys and tokens alike come out of authentication."""
+
+    async def authenticate(self, bearer: str) -> Caller:
+        return CALLER
+
+
+async def by_http(services: ApiServices) -> str:
+    transport = httpx.ASGITransport(build_app(services))
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        answer = await client.post("/v1/completions", json=json.loads(BODY), headers={"authorization": AUTHORIZATION})
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["model"])
+
+
+async def by_grpc(services: ApiServices) -> str:
+    server = grpc.aio.server()
+    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(services), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    options = inference_pb2.GenerationOptions(service_tier=inference_pb2.SERVICE_TIER_PRIORITY)
+    request = inference_pb2.CompleteRequest(model="chat", text="hi", options=options)
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub: inference_pb2_grpc.InferenceAsyncStub = inference_pb2_grpc.InferenceStub(channel)
+            events = [event async for event in stub.Complete(request, metadata=[("authorization", AUTHORIZATION)])]
+    finally:
+        await server.stop(None)
+    return events[0].admitted.model
+
+
+async def by_batch(services: ApiServices) -> str:
+    async def now(caller: Caller) -> Caller:
+        return replace(caller, standing=replace(caller.standing, max_tier=ServiceTier.BATCH))
+
+    answer = await OnlineLineRunner(services, now)(CALLER, "/v1/completions", BODY, 60.0)
+    return str(json.loads(answer.body)["model"])
+
+
+BODY = json.dumps({"model": "chat", "prompt": "hi", "service_tier": "priority"}).encode()
+
+
+async def test_all_front_ends_are_one_path() -> None:
+    dispatcher = FakeDispatcher()
+    catalog = ModelCatalog([tiny_model("new")], [parse_alias("chat=new")])
+    services = replace(fake_services(dispatcher), authenticator=AnyBearer(), catalog=catalog)
+    assert [await ask(services) for ask in (by_http, by_grpc, by_batch)] == ["new"] * 3
+    told = [(each.model, each.service_tier, each.caller.standing.cache_group) for each in dispatcher.requests]
+    assert told == [("new", tier, "house") for tier in (ServiceTier.FLEX, ServiceTier.FLEX, ServiceTier.BATCH)]
