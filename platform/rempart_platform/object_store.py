@@ -4,6 +4,7 @@ file:///var/lib/rempart     a folder of this machine, made when it is not there
 s3://bucket/prefix          AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL say where and who
 """
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from obstore.store import LocalStore, ObjectStore, S3Store
 
-__all__ = ["ObjectStore", "ObjectStoreUrlError", "open_object_store"]
+__all__ = ["ObjectStore", "ObjectStoreUrlError", "open_object_store", "remove_unfinished"]
 
 
 class ObjectStoreUrlError(ValueError):
@@ -37,6 +38,20 @@ def open_object_store(url: str, environ: Mapping[str, str] = os.environ, *, for_
     if parts.scheme == "s3" and parts.netloc:
         return _bucket(parts.netloc, path.strip("/"), environ)
     raise ObjectStoreUrlError(f"{url!r} is neither file:///FOLDER nor s3://BUCKET/PREFIX")
+
+
+def remove_unfinished(store: ObjectStore, path: str) -> None:
+    """Removes what writers that died have left of an object, or of all objects below a path. Blocks.
+
+    In a folder these are files `<object>#<number>`, which the store does not list. In a bucket they are unfinished
+    uploads, which a lifecycle rule of its operator removes.
+    """
+    if not isinstance(store, LocalStore) or store.prefix is None:
+        return
+    place = Path(store.prefix) / path
+    with contextlib.suppress(FileNotFoundError):  # somebody else removes them too
+        for left in (*place.parent.glob(f"{place.name}#*"), *place.rglob("*#*")):
+            left.unlink()
 
 
 def _folder(path: Path, *, for_reading: bool) -> ObjectStore:

@@ -10,10 +10,17 @@ import pytest
 
 from rempart_platform.batch.config import BatchConfig
 from rempart_platform.batch.input_check import check_input
-from rempart_platform.batch.jobs import load_job
+from rempart_platform.batch.jobs import Job, load_job
 from rempart_platform.batch.plan import Plan
 from rempart_platform.batch.result_lines import Outcome, ResultLine, Tally, join_results, split_results
-from rempart_platform.batch.storage import BatchStorage, job_prefix, plan_path, shard_path
+from rempart_platform.batch.storage import (
+    BatchStorage,
+    MissingObjectError,
+    file_path,
+    job_prefix,
+    plan_path,
+    shard_path,
+)
 from rempart_platform.batch.testing import (
     ENDPOINT,
     BatchRig,
@@ -25,8 +32,9 @@ from rempart_platform.batch.testing import (
 )
 from rempart_platform.batch.values import Batch, BatchStatus, LineAnswer, LineCounts
 from rempart_platform.batch.work_queue import FINALIZE, VALIDATE, Claim, Interruption, WorkQueue
+from rempart_platform.batch.workers import open_worker
 from rempart_platform.object_store import open_object_store
-from rempart_platform.tenancy.batch_keys import DEAD_TASKS, OPEN_JOBS, work_of
+from rempart_platform.tenancy.batch_keys import DEAD_TASKS, OPEN_JOBS, UPLOADS, work_of
 from rempart_platform.tenancy.redis_client import RedisClient
 from rempart_platform.tenancy.testing import own_redis
 
@@ -51,6 +59,13 @@ def queue_of(rig: BatchRig, worker: str, **changes: object) -> WorkQueue:
 
 
 async def claimed(queue: WorkQueue) -> Claim:
+    """As a worker that has heard of it."""
+    claim = await given_out(queue)
+    assert await queue.begin(claim)
+    return claim
+
+
+async def given_out(queue: WorkQueue) -> Claim:
     async with asyncio.timeout(20):
         while True:
             claim = await queue.claim(())
@@ -190,6 +205,84 @@ async def test_deliveries_count_from_the_last_answered_line(rig: BatchRig) -> No
     assert claim.deliveries == 2
     assert await queue.release(claim)  # given back counts as never delivered
     assert (await claimed(queue)).deliveries == 2
+
+
+async def test_a_task_that_redis_gave_out_and_nobody_heard_of_was_not_delivered(rig: BatchRig) -> None:
+    """Redis is too slow for a while: it does what workers ask, and they hear nothing."""
+    batch = await started(rig, 4)
+    for _ in range(CONFIG.max_deliveries + 1):
+        await given_out(queue_of(rig, "deaf"))
+    async with rig.working():
+        batch = await rig.ended(batch)
+    assert batch.counts == LineCounts(4, 4, 0)
+    assert rig.metric("dead_letters_total") == 0
+
+
+async def test_a_delivery_counts_once_however_often_it_is_begun(rig: BatchRig) -> None:
+    await started(rig, 4)
+    queue = queue_of(rig, "one")
+    claim = await given_out(queue)
+    for _ in range(2):
+        assert await queue.begin(claim)
+        assert claim.deliveries == 1
+    other = await given_out(queue)
+    assert not await queue.begin(claim)
+    assert await queue.release(other)
+    assert (await claimed(queue)).deliveries == 2  # what was not begun takes nothing back
+
+
+async def test_a_worker_that_is_stopped_while_it_takes_a_task_gives_it_back(
+    redis: RedisClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = BatchRig(redis, tmp_path, replace(CONFIG, lease_s=3600.0))
+    loads, may_load, stop = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    worker = rig.worker()
+
+    async def slow_load(redis: RedisClient, job_id: str) -> Job | None:
+        loads.set()
+        await may_load.wait()
+        return await load_job(redis, job_id)
+
+    async def work() -> None:
+        async with open_worker(worker):
+            await stop.wait()
+
+    monkeypatch.setattr("rempart_platform.batch.workers.load_job", slow_load)
+    batch = await rig.submit([request_line(0)])
+    working = asyncio.create_task(work())
+    await loads.wait()
+    stop.set()
+    await worker._closing.wait()
+    may_load.set()
+    await working
+    assert rig.metric("tasks_held") == 0
+    async with rig.working():
+        assert (await rig.ended(batch)).counts == LineCounts(1, 1, 0)
+
+
+async def test_answers_of_lines_go_with_a_batch_whose_input_is_gone(rig: BatchRig) -> None:
+    batch = await started(rig, 12)
+    queue = queue_of(rig, "one", lease_s=3600.0)
+    first, second = await claimed(queue), await claimed(queue)
+    assert await queue.answer(first, 1, answer(0, "x"))
+    await rig.storage.delete(file_path("acme", batch.input_file_id))
+    assert await queue.fail(second, [])
+    assert not await queue.answer(first, 2, answer(1, "x"))
+    assert await rig.redis.call(lambda redis: redis.keys(f"rempart:{{batch}}:lines:{batch.batch_id}:*")) == []
+
+
+async def test_an_upload_that_never_ended_goes_and_a_file_that_is_listed_stays(rig: BatchRig) -> None:
+    """A worker that lost its task may die while it writes again what another has listed."""
+    async with rig.working():
+        batch = await rig.ended(await rig.submit([request_line(0)]))
+    names = {f"acme {batch.output_file_id}": rig.now_s, "acme file-lost": rig.now_s}
+    await rig.storage.put_first(file_path("acme", "file-lost"), b"x")
+    await rig.redis.call(lambda redis: redis.zadd(UPLOADS, names))
+    await rig.janitor().clean()
+    assert await rig.texts(batch) == right_texts([0])
+    with pytest.raises(MissingObjectError):
+        await rig.storage.get(file_path("acme", "file-lost"))
+    assert await rig.redis.call(lambda redis: redis.zcard(UPLOADS)) == 0
 
 
 async def test_an_input_that_ends_its_reader_is_given_up(rig: BatchRig) -> None:

@@ -104,6 +104,29 @@ def test_an_emptied_folder_goes_with_its_last_object(tmp_path: Path) -> None:
     assert folder.is_dir()
 
 
+async def test_what_a_writer_that_died_left_goes_with_the_object(tmp_path: Path) -> None:
+    storage = BatchStorage(open_object_store(f"file://{tmp_path}/objects"))
+    folder = tmp_path / "objects" / "files" / "acme"
+    is_under_way = asyncio.Event()
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield b"x" * LARGE
+        is_under_way.set()
+        await asyncio.Event().wait()
+
+    upload = asyncio.create_task(storage.put_stream("files/acme/file-1", endless()))
+    await is_under_way.wait()
+    (unfinished,) = [path.name for path in folder.iterdir()]
+    upload.cancel()
+    await asyncio.wait({upload})
+    for name in (unfinished, "file-1", "file-10", "file-2#1"):
+        (folder / name).write_bytes(b"x")
+    await storage.delete("files/acme/file-1")
+    assert {path.name for path in folder.iterdir()} == {"file-10", "file-2#1"}
+    await storage.delete_all("files/acme")
+    assert not folder.exists() or [*folder.iterdir()] == []
+
+
 async def test_writers_do_not_mind_that_folders_go_beside_them(tmp_path: Path) -> None:
     storage = BatchStorage(open_object_store(f"file://{tmp_path}/objects"))
 

@@ -175,6 +175,13 @@ class StoredFiles:
         await self._storage.delete(file_path(tenant, file_id))
         await self._redis.call(lambda redis: redis.zrem(UPLOADS, f"{tenant} {file_id}"))
 
+    async def give_up(self, tenant: str, file_id: str) -> None:
+        """Ends an upload that did not end. Its content stays when the file is listed: another had made it."""
+        if await self._redis.call(lambda redis: redis.zscore(files_of(tenant), file_id)) is None:
+            await self.remove_content(tenant, file_id)
+        else:
+            await self._redis.call(lambda redis: redis.zrem(UPLOADS, f"{tenant} {file_id}"))
+
     async def _limited(self, content: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         left = self._limits.max_file_bytes
         async for piece in content:

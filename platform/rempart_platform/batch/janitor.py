@@ -84,7 +84,7 @@ class Janitor:
         for tenant, file_id in await self._due(EXPIRING, now_s):
             await self._files.remove(tenant, file_id)
         for tenant, file_id in await self._due(UPLOADS, now_s):
-            await self._files.remove_content(tenant, file_id)
+            await self._files.give_up(tenant, file_id)
         for tenant, job_id in await self._due(ENDED_JOBS, now_s - self._config.keep_parts_s):
             await self._storage.delete_all(job_prefix(tenant, job_id))
             await self._move_to_kept(f"{tenant} {job_id}", now_s)

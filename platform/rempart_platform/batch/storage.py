@@ -5,6 +5,7 @@ jobs/<tenant>/<job>/plan                 how the input is cut; the first one cou
 jobs/<tenant>/<job>/shards/<number>      answers of a shard; the first one counts
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 
 from rempart_platform.errors import ErrorKind, RempartError
-from rempart_platform.object_store import ObjectStore
+from rempart_platform.object_store import ObjectStore, remove_unfinished
 
 _RETRY_AFTER_S = 2.0
 _PIECE_BYTES = 1024 * 1024
@@ -70,8 +71,9 @@ class BatchStorage:
             yield bytes(piece)
 
     async def delete(self, path: str) -> None:
-        """Harmless when there is no such object."""
+        """Harmless when there is no such object. What writers that died have left of it goes, too."""
         with _our_errors():
+            await asyncio.to_thread(remove_unfinished, self._store, path)
             try:
                 await obstore.delete_async(self._store, path)
             except FileNotFoundError:
@@ -86,6 +88,7 @@ class BatchStorage:
                 except FileNotFoundError:  # somebody else deletes them too, and this call has left some
                     for path in paths:
                         await self.delete(path)
+            await asyncio.to_thread(remove_unfinished, self._store, prefix)
 
 
 def file_path(tenant: str, file_id: str) -> str:

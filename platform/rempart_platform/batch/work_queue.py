@@ -1,8 +1,8 @@
 """Tasks of jobs: who has which, and what becomes of them.
 
-    claimed ─► renewed, renewed ... ─► done: stored, counted, acknowledged, in one script
-       │                           ├─► given back: the next worker has it at once
-       └─ worker gone ─────────────┴─► the next worker has it when the lease has run out
+    claimed ─► begun ─► renewed, renewed ... ─► done: stored, counted, acknowledged, in one script
+       │                                    ├─► given back: the next worker has it at once
+       └─ worker gone ──────────────────────┴─► the next worker has it when the lease has run out
 
 Each claim has a token of its own. Whatever a worker writes names it, and is refused once another has the task.
 """
@@ -24,7 +24,7 @@ from rempart_platform.tenancy.lua import Script, load_script
 from rempart_platform.tenancy.redis_client import RedisClient, ScriptReply
 
 VALIDATE, FINALIZE = "validate", "finalize"
-_NUM_CLAIM_FIELDS = 5
+_NUM_CLAIM_FIELDS = 4
 
 
 def _load(name: str, *, runs_when_memory_is_full: bool = True) -> Script:
@@ -32,6 +32,7 @@ def _load(name: str, *, runs_when_memory_is_full: bool = True) -> Script:
 
 
 _CLAIM = _load("batch_claim")
+_BEGIN = _load("batch_begin")
 _RENEW = _load("batch_renew")
 _RELEASE = _load("batch_release")
 _ANSWER = _load("batch_answer", runs_when_memory_is_full=False)
@@ -68,8 +69,8 @@ class Claim:
     task: str
     entry: str
     token: str
-    deliveries: int
-    """Since a line of it was answered last, this one among them."""
+    deliveries: int = 0
+    """Since a line of it was answered last, this one among them once it has begun."""
     interruption: Interruption | None = None
     interrupted: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -111,14 +112,21 @@ class WorkQueue:
         """One task of which this worker may have more; None when there is none."""
         num_looked_at = 0
         while True:
-            reply = await self._run(_CLAIM, self._worker, self._lease_ms, self._max_deliveries, *full_lanes)
+            reply = await self._run(_CLAIM, self._worker, self._lease_ms, *full_lanes)
             if len(reply) == _NUM_CLAIM_FIELDS:
-                job_id, task, entry, token, deliveries = reply
-                return Claim(str(job_id), str(task), str(entry), str(token), int(deliveries or 0))
+                job_id, task, entry, token = map(str, reply)
+                return Claim(job_id, task, entry, token)
             num_tenants, num_all_tenants = (int(count or 0) for count in reply)
             num_looked_at += num_tenants
             if num_looked_at >= num_all_tenants:
                 return None
+
+    async def begin(self, claim: Claim) -> bool:
+        """Counts the delivery, before anything is done of the task. False when another worker has it."""
+        args = (claim.job_id, claim.task, claim.token, self._max_deliveries)
+        (deliveries,) = await self._run(_BEGIN, *args)
+        claim.deliveries = int(deliveries or 0)
+        return claim.deliveries > 0
 
     async def renew(self, claim: Claim) -> BatchStatus | None:
         """Keeps a task for another lease. Returns the job's status; None when another worker has the task."""

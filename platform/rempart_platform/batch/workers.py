@@ -1,6 +1,6 @@
 """The batch work of one router: it takes tasks while it has room, keeps them, and does them.
 
-claim ─► validate │ shard │ finalize ─► done
+claim ─► begin ─► validate │ shard │ finalize ─► done
   ▲  a task whose worker is gone comes back by itself; what it had answered is kept
 """
 
@@ -99,11 +99,8 @@ class BatchWorker:
         """Keeps what it has until closed."""
         while not self._closing.is_set():
             await asyncio.sleep(self._config.lease_s / 3)
-            for claim in tuple(self._claims):
-                try:
-                    await self._renew(claim)
-                except Exception:
-                    logger.exception("a batch task could not be renewed", extra={"fields": _fields(claim)})
+            # Together, for they share round trips: one by one, many would outlast their leases when Redis is slow.
+            await asyncio.gather(*(self._renew(claim) for claim in self._claims))
 
     async def close(self) -> None:
         """Stops at once, and gives back what is not done."""
@@ -115,29 +112,29 @@ class BatchWorker:
         if not claims:
             return
         _, late = await asyncio.wait(claims.values(), timeout=self.drain_s)
-        for claim, task in claims.items():
-            if task in late:
+        if late:
+            for task in late:
                 task.cancel()
-                await asyncio.wait({task})
-                await self._give_back(claim)
+            await asyncio.wait(late)
+            await asyncio.gather(*(self._give_back(claim) for claim, task in claims.items() if task in late))
 
     async def _take_one(self) -> bool:
         claim = await self._queue.claim(self._lanes.full()) if self._lanes.has_room else None
         if claim is None:
             return False
-        job = await self._load(claim)
-        if job is None:
+        job = await self._begin(claim)
+        if job is None or self._closing.is_set():
             await self._give_back(claim)
             return False
         self._claims[claim] = asyncio.create_task(self._do(claim, job))
         await asyncio.sleep(0)  # it enters its lane, which counts for the next claim
         return True
 
-    async def _load(self, claim: Claim) -> Job | None:
-        """None when there is no such job any more, or when closed."""
+    async def _begin(self, claim: Claim) -> Job | None:
+        """None when there is no such job any more, when another worker has the task, or when closed."""
         while not self._closing.is_set():
             try:
-                return await load_job(self._redis, claim.job_id)
+                return await load_job(self._redis, claim.job_id) if await self._queue.begin(claim) else None
             except RedisAwayError as error:
                 await self._pause(error.retry_after_s or _RETRY_S)
         return None
@@ -147,6 +144,9 @@ class BatchWorker:
             status = await self._queue.renew(claim)
         except RedisAwayError:
             return  # should the lease end meanwhile, the next answer is refused
+        except Exception:
+            logger.exception("a batch task could not be renewed", extra={"fields": _fields(claim)})
+            return
         if status is None:
             claim.interrupt(Interruption.LOST)
         elif status is BatchStatus.CANCELLING:

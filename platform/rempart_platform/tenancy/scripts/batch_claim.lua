@@ -2,13 +2,13 @@
 -- holds no longer. Looks at few tenants and jobs, so that it is short whatever there is to do, and gives each tenant
 -- that it looked at a later turn, so that the next call looks at others. The oldest jobs of a tenant may all be in other
 -- hands, so of a tenant it looks at all: there are few, by `max_open_batches_per_tenant`.
--- ARGV: worker, lease_ms, the most deliveries, then "<tenant> <model>" of whom the worker takes no more
--- Reply: job, task, entry, token, and how often it was delivered since a line of it was answered; or, when those that it
---   looked at have none, how many tenants these were, and how many there are
-local MAX_TENANTS, MAX_JOBS, MAX_DEAD = 16, 128, 10000
-local worker, lease_ms, most = ARGV[1], ARGV[2], tonumber(ARGV[3])
+-- ARGV: worker, lease_ms, then "<tenant> <model>" of whom the worker takes no more
+-- Reply: job, task, entry and token; or, when those that it looked at have none, how many tenants these were, and how
+--   many there are
+local MAX_TENANTS, MAX_JOBS = 16, 128
+local worker, lease_ms = ARGV[1], ARGV[2]
 local is_full = {}
-for i = 4, #ARGV do
+for i = 3, #ARGV do
   is_full[ARGV[i]] = true
 end
 
@@ -44,12 +44,8 @@ for _, tenant in ipairs(redis.call('ZRANGE', key('turns'), 0, MAX_TENANTS - 1)) 
       if entry then
         local task = entry[2][2]
         local token = worker .. ':' .. redis.call('HINCRBY', key('job', job), 'fence', 1)
-        local deliveries = redis.call('HINCRBY', key('tasks', job), task .. ' deliveries', 1)
         redis.call('HSET', key('tasks', job), task .. ' holder', token)
-        if deliveries == most + 1 then
-          redis.call('XADD', key('dead'), 'MAXLEN', '~', MAX_DEAD, '*', 'job', job, 'task', task, 'tenant', tenant)
-        end
-        return { job, task, entry[1], token, deliveries }
+        return { job, task, entry[1], token }
       end
       num_jobs = num_jobs + 1
     end

@@ -39,7 +39,7 @@ end
 local function end_task(job, task, entry)
   redis.call('XACK', key('work', job), GROUP, entry)
   redis.call('XDEL', key('work', job), entry)
-  redis.call('HDEL', key('tasks', job), task .. ' holder', task .. ' deliveries')
+  redis.call('HDEL', key('tasks', job), task .. ' holder', task .. ' begun', task .. ' deliveries')
 end
 
 local FINAL = { failed = true, completed = true, expired = true, cancelled = true }

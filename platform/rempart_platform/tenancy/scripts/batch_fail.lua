@@ -8,5 +8,8 @@ end
 end_task(job, task, entry)
 local status = job_field(job, 'status') == 'cancelling' and 'cancelled' or 'failed'
 redis.call('HSET', key('job', job), 'errors', errors)
+for shard = 0, job_number(job, 'num_shards') - 1 do -- one of them may have failed while others were worked on
+  redis.call('UNLINK', key('lines', job .. ':' .. shard))
+end
 close_job(job, status, now_s)
 return { 1 }

@@ -8,8 +8,9 @@ end
 if redis.pcall('XCLAIM', key('work', job), GROUP, worker, 0, entry, 'IDLE', lease_ms, 'JUSTID').err then
   return { 0 } -- the stream is lost, and a janitor makes it again
 end
-redis.call('HDEL', key('tasks', job), task .. ' holder')
-if tonumber(task_field(job, task, 'deliveries') or '0') > 0 then
+local has_begun = task_field(job, task, 'begun') == token
+redis.call('HDEL', key('tasks', job), task .. ' holder', task .. ' begun')
+if has_begun and tonumber(task_field(job, task, 'deliveries') or '0') > 0 then
   redis.call('HINCRBY', key('tasks', job), task .. ' deliveries', -1)
 end
 return { 1 }
