@@ -2,6 +2,8 @@
 
 chat=deepseek-v3.2                              another name
 chat=deepseek-v3.2:95,deepseek-v3.2-next:5      a canary: of 100 sessions, 5 meet the new model
+
+Behind validation nobody knows them: limits, prices, metrics, logs and answers name the model that was met.
 """
 
 import hashlib

@@ -187,7 +187,7 @@ class RouterConfig:
             default=[],
             type=_alias,
             metavar="NAME=MODEL:WEIGHT,...",
-            help="another name for a model, or for several by weight, as for a canary",
+            help="another name for a model, or for several by weight; limits and prices are of models alone",
         )
         for flag in _flags(RouterConfig):
             flag.add_to(parser)

@@ -45,7 +45,7 @@ from rempart_platform.tenancy.prices import PriceRegistry
 from rempart_platform.tenancy.queue_values import QueueConfig
 from rempart_platform.tenancy.quota import open_ledger
 from rempart_platform.tenancy.redis_client import RedisClient, RedisConfig, connect_redis
-from rempart_platform.tenancy.seed import apply_seed, read_seed, tell_nobody
+from rempart_platform.tenancy.seed import Seed, apply_seed, read_seed, tell_nobody
 from rempart_platform.tenancy.standings import StandingAuthenticator, Standings
 from rempart_platform.tenancy.tenants import TenantRegistry
 from rempart_platform.tenancy.usage import UsageReader
@@ -67,7 +67,7 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
             cannot be read.
     """
     catalog = load_catalog(config.models, int(time.time()), config.aliases)
-    seed = read_seed(Path(config.tenants_file)) if config.tenants_file else None
+    seed = _read_seed(config)
     registry = CollectorRegistry()
     metrics = RouterMetrics(registry, config.max_tenant_labels)
     async with AsyncExitStack() as stack:
@@ -128,6 +128,12 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
         await readiness.drain()
         await asyncio.sleep(config.drain_delay_s)
         http.should_exit = True  # both front ends drain at the same time: gRPC when the stack unwinds, now
+
+
+def _read_seed(config: RouterConfig) -> Seed | None:
+    if not config.tenants_file:
+        return None
+    return read_seed(Path(config.tenants_file), aliases=[alias.name for alias in config.aliases])
 
 
 async def _sow(seed: Coroutine[None, None, None], stop: asyncio.Event) -> None:

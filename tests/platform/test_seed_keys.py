@@ -1,4 +1,4 @@
-"""Keys of the tenants' file whose names change, and files that are wrong in ways that their types hide."""
+"""Keys of the tenants' file whose names change, and what in it is wrong without looking so."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -59,3 +59,13 @@ def test_what_python_stumbles_over_is_named_too(tmp_path: Path, text: str, messa
     (tmp_path / "tenants.toml").write_text(text)
     with pytest.raises(SeedError, match=message):
         read_seed(tmp_path / "tenants.toml")
+
+
+@pytest.mark.parametrize(
+    "text", ["[prices.models.chat]\ninput = 1", "[plans.p.models.chat]\nconcurrency = 1", "[tenants.t.models.chat]"]
+)
+def test_a_limit_or_price_that_would_never_hold_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tenants.toml").write_text(text)
+    assert read_seed(tmp_path / "tenants.toml", aliases=["other"]).models == {"chat"}
+    with pytest.raises(SeedError, match="'chat' is an alias"):
+        read_seed(tmp_path / "tenants.toml", aliases=["chat"])

@@ -93,9 +93,20 @@ class Seed:
     tenants: Mapping[str, TenantSeed]
     prices: PriceList
 
+    @property
+    def models(self) -> set[str]:
+        """All that it limits or prices."""
+        limits = (entry.limits for entry in (*self.plans.values(), *self.tenants.values()))
+        return {model for each in limits for model in each.of_models}.union(self.prices.of_models)
 
-def read_seed(path: Path, environ: Mapping[str, str] = os.environ) -> Seed:
+
+def read_seed(path: Path, environ: Mapping[str, str] = os.environ, aliases: Collection[str] = ()) -> Seed:
     """Reads a file, and the secrets that it names: JSON when its name ends so, else TOML.
+
+    Args:
+        path: of the file.
+        environ: where secrets may lie.
+        aliases: names that only stand for models: a limit or a price of one would never hold.
 
     Raises:
         SeedError: it cannot be read, or holds what is unknown or out of range, or a secret is not there.
@@ -108,11 +119,14 @@ def read_seed(path: Path, environ: Mapping[str, str] = os.environ) -> Seed:
     root = _table(document, str(path), {"plans", "tenants", "prices"})
     plans = _tables(root, "plans")
     tenants = _tables(root, "tenants")
-    return Seed(
+    seed = Seed(
         {name: _plan(entry, f"plans.{name}") for name, entry in plans.items()},
         {name: _tenant(entry, f"tenants.{name}", environ) for name, entry in tenants.items()},
         _prices(root.get("prices", {})),
     )
+    for alias in sorted(seed.models.intersection(aliases)):
+        raise SeedError(f"{path}: {alias!r} is an alias; limits and prices are of the models that it stands for")
+    return seed
 
 
 def tell_nobody(entry: str, tenant: str) -> None:
