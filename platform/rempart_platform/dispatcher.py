@@ -154,7 +154,7 @@ class Dispatcher:
         try:
             if self._audit is not None:
                 self._audit.require_room()
-            self._require_endpoint(request.model)
+            self._require_endpoint(request)
             reservation = await self._ledger.reserve(
                 request.caller.tenant,
                 request.request_id,
@@ -182,18 +182,22 @@ class Dispatcher:
             self._report(trace)
             await settlement.settle()
 
-    def _require_endpoint(self, model: str) -> None:
+    def _require_endpoint(self, request: GenerationRequest) -> None:
         """What is worth to wait for is a first endpoint; one that fails again and again is refused as ever."""
-        may_wait = self._holding is not None and not self._pool.is_served(model)
-        if not may_wait and not self._pool.can_serve(model):
+        model = request.model
+        if self._pool.can_serve(model):
+            return
+        if self._holding is None or self._pool.is_served(model):
             raise no_endpoint(model, self._config.retry_after_s)
+        if request.comes_again:
+            raise self._holding.turn_away(model)
 
     async def _wait_for_room(self, trace: RequestTrace, reservation: Reservation) -> Place | None:
         """A place in the engines, where there is a queue. Without one the reservation is as if never made."""
         request = trace.request
         try:
             with self._metrics.scaling.waiting(request):
-                if self._holding is not None:
+                if self._holding is not None and not request.comes_again:
                     await self._holding.wait(request.model, request.caller.tenant, self._time_left_s(trace))
                 if self._queue is None:
                     return None

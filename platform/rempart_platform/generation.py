@@ -82,6 +82,8 @@ class GenerationRequest:
     """A choice ends before it makes more calls than these."""
     is_whole: bool = False
     """Its answer is handed out when it is complete, so that nobody reads a token sooner."""
+    comes_again: bool = False
+    """It is a line of a batch, which is asked again when it may be, so it is not held for a first engine."""
 
     @property
     def num_choices(self) -> int:

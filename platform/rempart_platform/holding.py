@@ -4,19 +4,21 @@
                             │ too many wait ──► 503, 429 of the tenant
                             │ none came ──────► 503          its own time is over ──► 504
 
-A request here holds its reservation and nothing else: no place in the queue, no part of an engine.
+A request here holds its reservation and nothing else: no place in the queue, no part of an engine. A line of a batch
+would keep others from its place, so it is turned away at once, and counts as waiting until it comes again.
 """
 
 import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 from rempart_platform.endpoints.pool import no_endpoint
 from rempart_platform.errors import ErrorKind, QuotaViolation, RempartError
 
 _RETRY_AFTER_S = 5.0
+_COMES_AGAIN_S = 8.0  # after that wait, and what makes it uneven
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class HoldingRoom:
         config: how long and how many.
         is_served: whether a model has an engine that is ready.
         count: counts a request of a model while it waits.
+        comes_again_s: how long one that was turned away counts.
     """
 
     def __init__(
@@ -49,12 +52,16 @@ class HoldingRoom:
         config: HoldConfig,
         is_served: Callable[[str], bool],
         count: Callable[[str], AbstractContextManager[None]],
+        *,
+        comes_again_s: float = _COMES_AGAIN_S,
     ) -> None:
         self._config = config
         self._is_served = is_served
         self._count = count
         self._waiting: defaultdict[str, set[asyncio.Future[None]]] = defaultdict(set)
         self._tenants: Counter[str] = Counter()
+        self._comes_again_s = comes_again_s
+        self._turned_away: defaultdict[str, set[ExitStack]] = defaultdict(set)
 
     def check(self) -> None:
         """To be called when an endpoint changed."""
@@ -63,6 +70,19 @@ class HoldingRoom:
                 for each in waiting:
                     if not each.done():
                         each.set_result(None)
+        for model, turned_away in self._turned_away.items():
+            if turned_away and self._is_served(model):
+                for counted in tuple(turned_away):
+                    counted.close()
+
+    def turn_away(self, model: str) -> RempartError:
+        """What a request is told that comes again by itself. It counts until then, so that an engine wakes up for it."""
+        counted = ExitStack()
+        counted.enter_context(self._count(model))
+        self._turned_away[model].add(counted)
+        counted.callback(self._turned_away[model].discard, counted)
+        asyncio.get_running_loop().call_later(self._comes_again_s, counted.close)
+        return no_endpoint(model, _RETRY_AFTER_S)
 
     async def wait(self, model: str, tenant: str, timeout_s: float) -> None:
         """Returns once the model has a ready engine; at once when it has one.

@@ -49,6 +49,7 @@ async def test_a_chat_is_answered_at_the_batch_tier_whatever_it_asks_for() -> No
     (request,) = dispatcher.requests
     assert (request.service_tier, request.caller.tenant) == (ServiceTier.BATCH, "acme")
     assert (answer.request_id, request.timeout_s) == (request.request_id, 60.0)
+    assert request.comes_again
 
 
 async def test_a_completion_is_answered_with_its_echo() -> None:

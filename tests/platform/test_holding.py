@@ -4,7 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -174,6 +174,35 @@ async def test_an_engine_that_is_left_out_is_not_waited_for() -> None:
             assert raised.value.kind is ErrorKind.UNAVAILABLE
         assert len(r.engine.started) == 1
         assert "b" not in r.ledger.refunded_ids  # it never reserved
+
+
+async def test_one_that_comes_again_is_not_held_and_counts_until_then() -> None:
+    async with rig() as r:
+        with pytest.raises(RempartError) as raised:
+            await r.run(replace(request("line"), comes_again=True))
+        assert raised.value.kind is ErrorKind.UNAVAILABLE
+        assert raised.value.retry_after_s is not None
+        assert r.ledger.refunded_ids == []  # it never reserved
+        assert r.gauge("requests_held") == 1
+        tasks = await r.hold(request("online"))
+        await r.engine.start(r.engine.address)
+        await asyncio.gather(*tasks)
+        assert r.gauge("requests_held") == 0
+        assert await r.run(replace(request("again"), comes_again=True)) == Usage(3, 20)
+
+
+async def test_one_that_does_not_come_again_is_forgotten() -> None:
+    forgotten = asyncio.Event()
+
+    @contextmanager
+    def count(model: str) -> Iterator[None]:
+        yield
+        forgotten.set()
+
+    room = HoldingRoom(LONG, lambda model: False, count, comes_again_s=0.01)
+    room.turn_away("fake")
+    async with asyncio.timeout(10):
+        await forgotten.wait()
 
 
 async def test_without_holding_a_request_is_refused_at_once() -> None:

@@ -51,7 +51,7 @@ class OnlineLineRunner:
 
     async def _answer(self, endpoint: str, body: bytes, arrival: Arrival) -> bytes:
         prepared = await self._prepared(endpoint, body, arrival)
-        async with self._services.dispatcher.admit(prepared.request) as generation:
+        async with self._services.dispatcher.admit(replace(prepared.request, comes_again=True)) as generation:
             events = [event async for event in with_preface(prepared, generation.events())]
         return prepared.renderer.body(events)
 
