@@ -32,7 +32,18 @@ async def redis() -> AsyncIterator[RedisClient]:
 
 
 @pytest.mark.parametrize(
-    ("stored", "weight"), [("4", 4.0), ("0.5", 0.5), ("0", 1.0), ("-1", 1.0), ("inf", 1.0), ("x", 1.0), ("", 1.0)]
+    ("stored", "weight"),
+    [
+        ("4", 4.0),
+        ("0.5", 0.5),
+        ("1e-308", 1.0),
+        ("1e9", 1.0),
+        ("0", 1.0),
+        ("-1", 1.0),
+        ("nan", 1.0),
+        ("x", 1.0),
+        ("", 1.0),
+    ],
 )
 async def test_a_record_that_was_spoiled_stands_as_if_nothing_were_set(
     redis: RedisClient, stored: str, weight: float

@@ -6,7 +6,6 @@
 The fields of the hash have these names.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,7 +103,7 @@ def _weight(stored: str | None) -> float | None:
         weight = float(stored or "")
     except ValueError:
         return None
-    return weight if 0 < weight < math.inf else None
+    return weight if MIN_WEIGHT <= weight <= MAX_WEIGHT else None
 
 
 def _first(own: _T | None, plan: _T | None, default: _T) -> _T:
