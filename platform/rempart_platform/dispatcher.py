@@ -150,11 +150,13 @@ class Dispatcher:
         Raises:
             RempartError: RATE_LIMIT_EXCEEDED, UNAVAILABLE or what else quota or queue say, before anything was charged.
         """
+        if request.comes_again and not self._pool.can_serve(request.model):
+            raise self._come_again(request.model)  # nothing ended: its batch counts how often it is asked
         trace = RequestTrace(request, self._clock())
         try:
             if self._audit is not None:
                 self._audit.require_room()
-            self._require_endpoint(request)
+            self._require_endpoint(request.model)
             reservation = await self._ledger.reserve(
                 request.caller.tenant,
                 request.request_id,
@@ -182,15 +184,16 @@ class Dispatcher:
             self._report(trace)
             await settlement.settle()
 
-    def _require_endpoint(self, request: GenerationRequest) -> None:
+    def _come_again(self, model: str) -> RempartError:
+        if self._holding is not None and not self._pool.is_served(model):
+            return self._holding.turn_away(model)
+        return no_endpoint(model, self._config.retry_after_s)
+
+    def _require_endpoint(self, model: str) -> None:
         """What is worth to wait for is a first endpoint; one that fails again and again is refused as ever."""
-        model = request.model
-        if self._pool.can_serve(model):
-            return
-        if self._holding is None or self._pool.is_served(model):
+        may_wait = self._holding is not None and not self._pool.is_served(model)
+        if not may_wait and not self._pool.can_serve(model):
             raise no_endpoint(model, self._config.retry_after_s)
-        if request.comes_again:
-            raise self._holding.turn_away(model)
 
     async def _wait_for_room(self, trace: RequestTrace, reservation: Reservation) -> Place | None:
         """A place in the engines, where there is a queue. Without one the reservation is as if never made."""

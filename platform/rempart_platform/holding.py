@@ -76,7 +76,7 @@ class HoldingRoom:
                     counted.close()
 
     def turn_away(self, model: str) -> RempartError:
-        """What a request is told that comes again by itself. It counts until then, so that an engine wakes up for it."""
+        """What one is told that comes again by itself. Until then it counts, so that an engine wakes up for it."""
         counted = ExitStack()
         counted.enter_context(self._count(model))
         self._turned_away[model].add(counted)

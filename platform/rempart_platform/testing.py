@@ -40,6 +40,8 @@ class RecordingLedger:
         self.max_open = max_open
         self.open: dict[str, Reservation] = {}
         self.usages: dict[str, Usage] = {}
+        self.tenants: dict[str, tuple[str, str]] = {}
+        """And keys, of all that were admitted."""
         self.refunded_ids: list[str] = []
 
     async def reserve(
@@ -52,6 +54,7 @@ class RecordingLedger:
                 retry_after_s=1.0,
                 violation=QuotaViolation(tenant, "concurrency", self.max_open),
             )
+        self.tenants[request_id] = (tenant, key_id)
         self.open[request_id] = Reservation(request_id, tenant, tokens, {"x-ratelimit-limit-requests": "1"})
         return self.open[request_id]
 

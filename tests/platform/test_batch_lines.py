@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from rempart_platform.apis.line_runner import OnlineLineRunner
-from rempart_platform.apis.testing import MODEL, FakeDispatcher, fake_services
+from rempart_platform.apis.testing import MODEL, FakeDispatcher, engine_rig, fake_services
+from rempart_platform.audit.records import request_fields
 from rempart_platform.batch.callers import BatchCallers
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Caller, ServiceTier, Standing
+from rempart_platform.request_trace import RequestTrace
 from rempart_platform.tenancy.api_keys import ApiKeyStore, KeyHasher
 from rempart_platform.tenancy.redis_client import RedisClient
 from rempart_platform.tenancy.testing import own_redis
@@ -93,6 +95,33 @@ async def test_a_mistake_of_ours_is_an_answer_too(caplog: pytest.LogCaptureFixtu
     assert answer.error.kind is ErrorKind.INTERNAL
     assert "ZeroDivisionError" in caplog.text
     assert b"ZeroDivision" not in answer.body
+
+
+@dataclass(slots=True)
+class Records:
+    """What the audit log is told."""
+
+    ended: list[dict[str, object]] = field(default_factory=list)
+
+    def require_room(self) -> None:
+        """There is."""
+
+    def request_ended(self, trace: RequestTrace) -> None:
+        self.ended.append(request_fields(trace))
+
+
+async def test_its_records_name_its_tenant_and_its_tier(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "rempart_platform.request_log")
+    records = Records()
+    async with engine_rig(lambda prompt, choice: "Paris", audit=records) as rig:
+        answer = await OnlineLineRunner(rig.services, at_batch_tier)(CALLER, CHAT, chat(), 60.0)
+    assert answer.error is None
+    (audited,), (logged,) = records.ended, caplog.records
+    who = ("acme", CALLER.key_id, "batch", "ok", answer.request_id)
+    assert tuple(audited[name] for name in ("tenant", "key_id", "tier", "outcome", "request_id")) == who
+    assert tuple(vars(logged)[name] for name in ("tenant", "key_id", "service_tier", "outcome", "request_id")) == who
+    assert rig.ledger.usages[answer.request_id].completion_tokens == len("Paris") + 1
+    assert rig.ledger.tenants[answer.request_id] == ("acme", CALLER.key_id)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 
 from rempart_platform.dispatcher import DispatchConfig, Dispatcher
 from rempart_platform.endpoints.pick import PickConfig
@@ -184,6 +184,7 @@ async def test_one_that_comes_again_is_not_held_and_counts_until_then() -> None:
         assert raised.value.retry_after_s is not None
         assert r.ledger.refunded_ids == []  # it never reserved
         assert r.gauge("requests_held") == 1
+        assert b"service_unavailable" not in generate_latest(r.registry)  # one line, however often it is asked
         tasks = await r.hold(request("online"))
         await r.engine.start(r.engine.address)
         await asyncio.gather(*tasks)

@@ -17,7 +17,7 @@ from rempart_platform.apis.openai import build_app
 from rempart_platform.apis.services import ApiServices
 from rempart_platform.chat.chatml import ChatML
 from rempart_platform.chat.testing import TagChat
-from rempart_platform.dispatcher import DispatchConfig, Dispatcher
+from rempart_platform.dispatcher import DispatchConfig, Dispatcher, RequestAudit
 from rempart_platform.endpoints.pool import EnginePool
 from rempart_platform.endpoints.session import SessionConfig
 from rempart_platform.endpoints.static import StaticSource
@@ -193,7 +193,11 @@ class EngineRig:
 
 @asynccontextmanager
 async def engine_rig(
-    write: Callable[[str, int], str], model: ServedModel | None = None, *, faults: Faults | None = None
+    write: Callable[[str, int], str],
+    model: ServedModel | None = None,
+    *,
+    faults: Faults | None = None,
+    audit: RequestAudit | None = None,
 ) -> AsyncIterator[EngineRig]:
     """Services whose model answers what `write(prompt, choice)` says, a byte a token, and then ends."""
     model = model or tag_model()
@@ -222,6 +226,7 @@ async def engine_rig(
                 catalog=catalog,
                 config=DispatchConfig(cache_secret=b"secret"),
                 metrics=RouterMetrics(CollectorRegistry()),
+                audit=audit,
             )
             services = ApiServices(authenticator=FakeAuthenticator(), catalog=catalog, dispatcher=dispatcher)
             yield EngineRig(services, engine, ledger)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from rempart_platform.batch.values import BatchLimits
 
-_PERIODS = ("lease_s", "poll_s", "janitor_s")
+_PERIODS = ("lease_s", "poll_s", "janitor_s", "upload_timeout_s")
 _COUNTS = (
     "lines_per_shard",
     "max_shard_bytes",
