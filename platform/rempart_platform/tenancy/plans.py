@@ -1,6 +1,5 @@
 """Plans: named sets of limits, and a standing, that tenants inherit."""
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,10 +7,9 @@ from dataclasses import dataclass
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.tenancy.keyspace import PLANS, plan_record
 from rempart_platform.tenancy.limits import LimitSet
+from rempart_platform.tenancy.names import is_name, require_name
 from rempart_platform.tenancy.redis_client import RedisClient
 from rempart_platform.tenancy.standing import OwnStanding, RecordChange
-
-_NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +35,7 @@ class PlanRegistry:
 
     async def set(self, name: str, *changes: RecordChange) -> Plan:
         """Changes a plan, or makes it first."""
-        _check_name(name)
+        require_name(name, "A plan's name", "name")
         fields = [field for change in changes for field in change.removed()]
         values = {field: value for change in changes for field, value in change.written().items()}
         # Listed first: a crash in between leaves a name that `list` skips.
@@ -56,7 +54,7 @@ class PlanRegistry:
         return plan
 
     async def find(self, name: str) -> Plan | None:
-        stored = await self._redis.read_hash(plan_record(name)) if _NAME.fullmatch(name) else {}
+        stored = await self._redis.read_hash(plan_record(name)) if is_name(name) else {}
         if "created_s" not in stored:
             return None
         return Plan(name, LimitSet.parse(stored), int(stored["created_s"]), OwnStanding.parse(stored))
@@ -72,12 +70,3 @@ class PlanRegistry:
         await self.get(name)
         await self._redis.call(lambda redis: redis.delete(plan_record(name)))
         await self._redis.call(lambda redis: redis.srem(PLANS, name))
-
-
-def _check_name(name: str) -> None:
-    if _NAME.fullmatch(name) is None:
-        raise RempartError(
-            ErrorKind.INVALID_REQUEST,
-            "A plan's name has 1 to 63 characters: lower-case letters, digits and '-', starting with a letter.",
-            param="name",
-        )

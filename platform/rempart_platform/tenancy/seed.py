@@ -96,7 +96,7 @@ class Seed:
     @property
     def models(self) -> set[str]:
         """All that it limits or prices."""
-        limits = (entry.limits for entry in (*self.plans.values(), *self.tenants.values()))
+        limits = [plan.limits for plan in self.plans.values()] + [tenant.limits for tenant in self.tenants.values()]
         return {model for each in limits for model in each.of_models}.union(self.prices.of_models)
 
 

@@ -6,20 +6,19 @@
 The fields of the hash have these names.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import ServiceTier, Standing
+from rempart_platform.tenancy.names import require_name
 
 MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0
 STANDING = ("weight", "max_tier", "cache_group")
 """Names of all that may be set."""
 TIERS = {tier.name.lower(): tier for tier in ServiceTier}
 _T = TypeVar("_T")
-_GROUP = re.compile(r"[a-z][a-z0-9-]{0,62}")
 
 
 class RecordChange(Protocol):
@@ -84,9 +83,8 @@ class StandingChange:
         weight, group = self.own.weight, self.own.cache_group
         if weight is not None and not MIN_WEIGHT <= weight <= MAX_WEIGHT:
             raise _invalid(f"'weight' must be between {MIN_WEIGHT:g} and {MAX_WEIGHT:g}.", "standing.weight")
-        if group is not None and _GROUP.fullmatch(group) is None:
-            text = "'cache_group' has 1 to 63 characters: lower-case letters, digits and '-', starting with a letter."
-            raise _invalid(text, "standing.cache_group")
+        if group is not None:
+            require_name(group, "'cache_group'", "standing.cache_group")
         for name in self.unset:
             if name not in STANDING:
                 raise _invalid(f"There is no '{name[:63]}' of a standing.", "unset")

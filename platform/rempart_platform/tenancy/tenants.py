@@ -1,6 +1,5 @@
 """Tenants: who may use the platform, and how much of it."""
 
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,13 +8,14 @@ from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.tenancy.keyspace import TENANTS, TenantKeys
 from rempart_platform.tenancy.limits import MAX_LIMIT, LimitChange, LimitSet, TenantLimits
 from rempart_platform.tenancy.lua import load_script
+from rempart_platform.tenancy.names import require_name
 from rempart_platform.tenancy.redis_client import RedisClient
 from rempart_platform.tenancy.standing import OwnStanding, RecordChange, StandingChange
 
 __all__ = ["MAX_LIMIT", "Tenant", "TenantLimits", "TenantRegistry"]
 
 _CREATE = load_script("create_tenant")
-_NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
+_OF = "A tenant's name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class TenantRegistry:
         self, name: str, limits: TenantLimits, plan: str = "", standing: OwnStanding | None = None
     ) -> Tenant:
         """Makes a tenant. The caller has checked that the plan exists."""
-        _check_name(name)
+        require_name(name, _OF, "name")
         standing = standing or OwnStanding()
         stored: dict[str, str | int] = {**LimitChange(limits).written(), **StandingChange(standing).written()}
         if plan:
@@ -66,7 +66,7 @@ class TenantRegistry:
         return tenant
 
     async def get(self, name: str) -> Tenant:
-        _check_name(name, param="tenant")
+        require_name(name, _OF, "tenant")
         tenant = await self._load(name)
         if tenant is None:
             raise RempartError(ErrorKind.NOT_FOUND, f"There is no tenant '{name}'.", param="tenant")
@@ -111,12 +111,3 @@ class TenantRegistry:
         created_s, plan = int(stored["created_s"]), stored.get("plan", "")
         standing = OwnStanding.parse(stored)
         return Tenant(name, limits.own, created_s, plan, limits.of_models, limits.of_keys, standing)
-
-
-def _check_name(name: str, param: str = "name") -> None:
-    if _NAME.fullmatch(name) is None:
-        raise RempartError(
-            ErrorKind.INVALID_REQUEST,
-            "A tenant's name has 1 to 63 characters: lower-case letters, digits and '-', starting with a letter.",
-            param=param,
-        )
