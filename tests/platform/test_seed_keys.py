@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from rempart_platform.tenancy.api_keys import ApiKeyStore, KeyHasher, key_id_of
-from rempart_platform.tenancy.limits import LimitSet
+from rempart_platform.tenancy.api_keys import ApiKey, ApiKeyStore, KeyHasher, key_id_of
+from rempart_platform.tenancy.limits import LimitSet, TenantLimits
 from rempart_platform.tenancy.prices import PriceList
 from rempart_platform.tenancy.redis_client import RedisClient
 from rempart_platform.tenancy.seed import Seed, SeedError, TenantSeed, apply_seed, read_seed
+from rempart_platform.tenancy.standing import OwnStanding
+from rempart_platform.tenancy.tenants import TenantRegistry
 from rempart_platform.tenancy.testing import own_redis
 
+HASHER = KeyHasher(b"a pepper of 16 bytes or more")
 KEY, NEXT_KEY = f"rk_{1:016x}_{2:064x}", f"rk_{3:016x}_{4:064x}"
 
 
@@ -19,6 +22,10 @@ KEY, NEXT_KEY = f"rk_{1:016x}_{2:064x}", f"rk_{3:016x}_{4:064x}"
 async def redis() -> AsyncIterator[RedisClient]:
     async with own_redis() as client:
         yield client
+
+
+def store_of(redis: RedisClient) -> ApiKeyStore:
+    return ApiKeyStore(redis, HASHER)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +37,7 @@ async def redis() -> AsyncIterator[RedisClient]:
 async def test_a_key_that_the_file_has_by_another_name_stays_valid(
     redis: RedisClient, before: dict[str, str], renamed: dict[str, str]
 ) -> None:
-    store = ApiKeyStore(redis, KeyHasher(b"a pepper of 16 bytes or more"))
+    store = store_of(redis)
 
     async def sow(keys: dict[str, str]) -> set[str]:
         await apply_seed(redis, Seed({}, {"acme": TenantSeed("", LimitSet(), keys=keys)}, PriceList()), store)
@@ -38,6 +45,32 @@ async def test_a_key_that_the_file_has_by_another_name_stays_valid(
 
     assert await sow(before) == {key_id_of(key) for key in before.values()}
     assert await sow(renamed) == {key_id_of(KEY), key_id_of(NEXT_KEY)}
+
+
+async def test_two_routers_that_begin_at_once_end_a_key_together(redis: RedisClient) -> None:
+    class Slower(ApiKeyStore):
+        async def revoke(self, key_id: str) -> ApiKey:
+            await store_of(redis).revoke(key_id)  # by the other router
+            return await super().revoke(key_id)
+
+    for store, key in ((store_of(redis), KEY), (Slower(redis, HASHER), NEXT_KEY)):
+        tenants = {"acme": TenantSeed("", LimitSet(), keys={"ci": key})}
+        await apply_seed(redis, Seed({}, tenants, PriceList()), store)
+    assert [key.key_id for key in await store.list("acme")] == [key_id_of(NEXT_KEY)]
+
+
+async def test_a_new_tenant_is_never_there_without_its_limits(
+    redis: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def crash(*_: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr(TenantRegistry, "change", crash)
+    seed = TenantSeed("", LimitSet(TenantLimits(concurrency=4)), OwnStanding(weight=0.5))
+    with pytest.raises(OSError):  # noqa: PT011 - it has no message
+        await apply_seed(redis, Seed({}, {"acme": seed}, PriceList()), store_of(redis))
+    tenant = await TenantRegistry(redis).get("acme")
+    assert (tenant.limits, tenant.standing) == (seed.limits.own, seed.standing)
 
 
 @pytest.mark.parametrize("source", ["from_environ", "from_file"])

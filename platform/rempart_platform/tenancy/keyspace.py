@@ -5,13 +5,13 @@ cluster. Names of tenants hold no braces (see tenants.py), so the tag is the nam
 
     rempart:tenants                 set     names of tenants
     rempart:plans                   set     names of plans
-    rempart:plan:<name>             hash    created_s and the limits that are set (fields: see limits.py)
+    rempart:plan:<name>             hash    created_s, limits and standing that are set (fields: limits.py, standing.py)
     rempart:seeds                   hash    "plan <name>", "tenant <name>", "prices" → digest of what a file said last;
                                             "key <tenant> <name>" → key id and digest of that
     rempart:prices                  hash    "currency"; "model <model>" → its price of input, cached and output tokens
     rempart:audit:heads             hash    chain → number of its last sealed record, link of that segment
     rempart:key:<key id>            hash    tenant, digest, created_s, expires_s
-    rempart:{t}:tenant              hash    created_s, plan, and the limits that are set, those of its keys too
+    rempart:{t}:tenant              hash    created_s, plan, limits and standing that are set, limits of its keys too
     rempart:{t}:keys                zset    key id → created_s
     rempart:{t}:settled             zset    reservation id → time of settling, µs
     rempart:{t}:usage               hash    "<UTC day> <counter> <model>" → count

@@ -197,7 +197,7 @@ async def _apply_tenant(tenants: TenantRegistry, plans: PlanRegistry, name: str,
     if seed.plan:
         await plans.get(seed.plan)
     try:
-        await tenants.create(name, TenantLimits())
+        await tenants.create(name, seed.limits.own, seed.plan, seed.standing)
     except RempartError as error:
         if error.kind is not ErrorKind.ALREADY_EXISTS:
             raise
@@ -209,9 +209,13 @@ async def _apply_tenant(tenants: TenantRegistry, plans: PlanRegistry, name: str,
 
 async def _revoke_unlisted(keys: ApiKeyStore, key_id: str, listed: Collection[str]) -> None:
     """Ends the key that a name had before, unless the tenant has it by any name, or somebody has done so already."""
-    is_listed = any(key_id == key_id_of(key) for key in listed)
-    if key_id and not is_listed and await keys.find(key_id) is not None:
+    if not key_id or any(key_id == key_id_of(key) for key in listed):
+        return
+    try:
         await keys.revoke(key_id)
+    except RempartError as error:
+        if error.kind is not ErrorKind.NOT_FOUND:
+            raise
 
 
 async def _apply_prices(registry: PriceRegistry, prices: PriceList) -> None:
