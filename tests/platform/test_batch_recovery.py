@@ -16,6 +16,7 @@ from rempart_platform.batch.result_lines import Outcome, ResultLine, Tally, join
 from rempart_platform.batch.storage import (
     BatchStorage,
     MissingObjectError,
+    answer_path,
     file_path,
     job_prefix,
     plan_path,
@@ -34,7 +35,7 @@ from rempart_platform.batch.values import Batch, BatchStatus, LineAnswer, LineCo
 from rempart_platform.batch.work_queue import FINALIZE, VALIDATE, Claim, Interruption, WorkQueue
 from rempart_platform.batch.workers import open_worker
 from rempart_platform.object_store import open_object_store
-from rempart_platform.tenancy.batch_keys import DEAD_TASKS, OPEN_JOBS, UPLOADS, work_of
+from rempart_platform.tenancy.batch_keys import DEAD_TASKS, OPEN_JOBS, UPLOADS, lines_of, work_of
 from rempart_platform.tenancy.redis_client import RedisClient
 from rempart_platform.tenancy.testing import own_redis
 
@@ -136,6 +137,22 @@ async def test_a_shard_is_resumed_in_its_middle(rig: BatchRig) -> None:
         batch = await rig.ended(batch)
     assert rig.runner.attempts == {"1": 1, "3": 1}
     assert (await rig.texts(batch), batch.counts) == (right_texts(range(4)), LineCounts(4, 4, 0))
+
+
+async def test_an_answer_that_is_large_is_kept_out_of_redis(redis: RedisClient, tmp_path: Path) -> None:
+    rig = BatchRig(redis, tmp_path, replace(CONFIG, lease_s=3600.0, max_kept_answer_bytes=10))
+    rig.runner.held |= {"3"}
+    async with rig.working():
+        batch = await rig.submit([request_line(number) for number in range(4)])
+        await rig.answered(batch, 3)
+    kept = await rig.redis.read_hash(lines_of(batch.batch_id, "0"))
+    assert kept == {"1": "C", "2": "C", "3": "C"}
+    await rig.storage.delete(answer_path("acme", batch.batch_id, 1))  # what is lost there is asked again
+    rig.runner.released.set()
+    async with rig.working():
+        batch = await rig.ended(batch)
+    assert (await rig.texts(batch), batch.counts) == (right_texts(range(4)), LineCounts(4, 4, 0))
+    assert rig.runner.answered == {"0": 2, "1": 1, "2": 1, "3": 1}
 
 
 async def test_a_shard_that_is_stored_is_not_run_again(rig: BatchRig) -> None:

@@ -12,6 +12,7 @@ _COUNTS = (
     "max_lines_in_flight_per_tenant",
     "max_shards",
     "max_shards_per_tenant",
+    "max_kept_answer_bytes",
     "max_deliveries",
     "max_line_attempts",
 )
@@ -36,6 +37,8 @@ class BatchConfig:
     """That this router works on at a time, those among them whose lines all wait: it holds their input in memory."""
     max_shards_per_tenant: int = 4
     """That this router works on at a time, of one model."""
+    max_kept_answer_bytes: int = 64 * 1024
+    """Of one line, in Redis until its shard is stored; what is larger is kept in the storage meanwhile."""
     lease_s: float = 15.0
     """How long a crashed router's shards rest before another takes them. Renewed three times as often."""
     poll_s: float = 1.0

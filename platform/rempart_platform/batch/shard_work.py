@@ -21,11 +21,17 @@ from rempart_platform.batch.lanes import LaneTask
 from rempart_platform.batch.metrics import BatchMetrics
 from rempart_platform.batch.plan import Plan, Shard
 from rempart_platform.batch.result_lines import Outcome, ResultLine, Tally, join_results
-from rempart_platform.batch.storage import BatchStorage, MissingObjectError, file_path, plan_path, shard_path
+from rempart_platform.batch.storage import (
+    BatchStorage,
+    MissingObjectError,
+    answer_path,
+    file_path,
+    plan_path,
+    shard_path,
+)
 from rempart_platform.batch.values import LineRunner
 from rempart_platform.batch.work_queue import Claim, Interruption, WorkQueue
 from rempart_platform.errors import ErrorKind, RempartError
-from rempart_platform.tenancy.redis_client import RedisAwayError
 
 _MAX_PLANS = 64
 _FIRST_RETRY = 2
@@ -122,7 +128,7 @@ class ShardWork:
         path = file_path(job.batch.caller.tenant, job.batch.input_file_id)
         data = await self._storage.get_range(path, shard.start, shard.end)
         lines = [_OpenLine(line.number, _decoder.decode(line.data)) for line in split_lines(data, shard.first_line)]
-        answers = await self._queue.answers(claim)
+        answers = await self._kept(claim, job)
         open_lines = [line for line in lines if line.number not in answers]
         room.opened(len(open_lines))
         if claim.deliveries > self._config.max_deliveries:
@@ -133,6 +139,17 @@ class ShardWork:
                 raise LeftTaskError
             rest = Outcome.CANCELLED if claim.interruption is Interruption.CANCELLED else Outcome.EXPIRED
         return [answers.get(each.number) or ResultLine.unanswered(each.request.custom_id, rest) for each in lines]
+
+    async def _kept(self, claim: Claim, job: Job) -> dict[int, ResultLine]:
+        """What was answered before, by line number."""
+        answers = await self._queue.answers(claim)
+        for number in [number for number, result in answers.items() if not result.json]:
+            path = answer_path(job.batch.caller.tenant, claim.job_id, number)
+            try:
+                answers[number] = ResultLine.parse(await self._storage.get(path))
+            except MissingObjectError:
+                del answers[number]
+        return answers
 
     async def _run_lines(self, attempts: "_Attempts", open_lines: Sequence[_OpenLine]) -> None:
         """Runs lines until all are answered, the worker is interrupted, or the job's time is up."""
@@ -172,14 +189,21 @@ class ShardWork:
         wait_s = min(error.retry_after_s if error.retry_after_s is not None else _RETRY_S, _MAX_WAIT_S)
         return wait_s + self._jitter.uniform(0.0, min(_JITTER * wait_s, _MAX_JITTER_S))
 
-    async def keep(self, claim: Claim, number: int, result: ResultLine) -> bool:
-        """Keeps the answer of a line, however long Redis is away. False when the worker must leave the shard."""
+    async def keep(self, claim: Claim, job: Job, number: int, result: ResultLine) -> bool:
+        """Keeps the answer of a line, however long Redis or the storage is away. False when the worker must leave."""
         while not claim.is_over:
             try:
-                return await self._queue.answer(claim, number, result)
-            except RedisAwayError as error:
+                return await self._queue.answer(claim, number, await self._small(job, number, result))
+            except RempartError as error:
                 await asyncio.sleep(self._wait_s(error))
         return False
+
+    async def _small(self, job: Job, number: int, result: ResultLine) -> ResultLine:
+        """What Redis keeps of it: without its JSON, when that is large, which is in the storage then."""
+        if len(result.json) <= self._config.max_kept_answer_bytes:
+            return result
+        await self._storage.put_first(answer_path(job.batch.caller.tenant, job.batch.batch_id, number), result.kept())
+        return ResultLine(result.outcome, b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +226,7 @@ class _Attempts:
     async def _answer(self, line: _OpenLine) -> None:
         async with self.room.line():
             result = await self.work.attempt(self.job, line.request, self.room)
-            if await self.work.keep(self.claim, line.number, result):
+            if await self.work.keep(self.claim, self.job, line.number, result):
                 self.answers[line.number] = result
             else:
                 self.claim.interrupt(Interruption.LOST)

@@ -3,6 +3,7 @@
 files/<tenant>/<file>                    inputs and results
 jobs/<tenant>/<job>/plan                 how the input is cut; the first one counts
 jobs/<tenant>/<job>/shards/<number>      answers of a shard; the first one counts
+jobs/<tenant>/<job>/lines/<number>       the answer of a line that is large, until its shard is stored
 """
 
 import asyncio
@@ -105,6 +106,10 @@ def plan_path(tenant: str, job_id: str) -> str:
 
 def shard_path(tenant: str, job_id: str, number: int) -> str:
     return f"{job_prefix(tenant, job_id)}/shards/{number:06d}"
+
+
+def answer_path(tenant: str, job_id: str, number: int) -> str:
+    return f"{job_prefix(tenant, job_id)}/lines/{number:06d}"
 
 
 @contextmanager

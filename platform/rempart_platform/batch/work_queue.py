@@ -139,7 +139,7 @@ class WorkQueue:
         return await self._is_taken(_RELEASE, *args)
 
     async def answers(self, claim: Claim) -> dict[int, ResultLine]:
-        """What is known of a shard, by line number."""
+        """What is kept of a shard, by line number."""
         stored = await self._redis.read_hash(lines_of(claim.job_id, claim.task))
         return {int(number): ResultLine.parse(kept.encode()) for number, kept in stored.items()}
 

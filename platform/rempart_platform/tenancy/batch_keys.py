@@ -18,7 +18,8 @@ cost one small call each. Scripts make every key from the root, which is the onl
     rempart:{batch}:work:<job>          stream  tasks of a job; the group "workers" holds what is being done
     rempart:{batch}:tasks:<job>         hash    "<task> holder", "<task> begun", "<task> deliveries", "<task> done",
                                                 "<task> completed", "<task> failed"
-    rempart:{batch}:lines:<job>:<task>  hash    line number → its answer, until the whole task is stored
+    rempart:{batch}:lines:<job>:<task>  hash    line number → its answer, or only how it ended when that is large; until
+                                                the whole task is stored
     rempart:{batch}:ended               zset    "<tenant> <job>" of final jobs → when they ended, s
     rempart:{batch}:kept                zset    those whose parts are gone, too → when they ended, s
     rempart:{batch}:dead                stream  tasks that were delivered in vain: job, task, tenant
