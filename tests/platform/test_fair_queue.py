@@ -475,9 +475,12 @@ class History:
         return len(self.waiting), rows, tokens
 
 
-async def test_random_histories_keep_the_counts_true(redis: RedisClient, observer: RecordingQueueObserver) -> None:
+@pytest.mark.parametrize("reserved", [(0, 0), (4, 390)])
+async def test_random_histories_keep_the_counts_true_and_everybody_has_a_turn(
+    redis: RedisClient, observer: RecordingQueueObserver, reserved: tuple[int, int]
+) -> None:
     config = replace(CONFIG, ageing_s=0.002)
-    queues = [queue_of(redis, observer, Capacity(5, 400), config) for _ in range(3)]
+    queues = [queue_of(redis, observer, Capacity(5, 400, *reserved), config) for _ in range(3)]
     history = History(queues, random.Random(9))
     for number in range(400):
         await history.act()
@@ -489,6 +492,7 @@ async def test_random_histories_keep_the_counts_true(redis: RedisClient, observe
             assert held(await queues[0].snapshot(MODEL)) == history.held()
     assert history.num_asked > 100
     while history.places or history.waiting:
+        assert (await queues[0].snapshot(MODEL)).rows, "something runs as long as something waits"
         await history.release(queues[0])
         await history.settle()
     assert held(await queues[0].snapshot(MODEL)) == (0, 0, 0)
