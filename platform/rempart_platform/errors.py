@@ -97,3 +97,7 @@ class RempartError(Exception):
     @property
     def answer(self) -> _Answer:
         return self.kind.value
+
+
+class EngineLostError(RempartError):
+    """UNAVAILABLE: an engine went away with the request, which may be what ended it."""

@@ -10,7 +10,8 @@ from rempart_platform.apis.line_runner import OnlineLineRunner
 from rempart_platform.apis.testing import MODEL, FakeDispatcher, engine_rig, fake_services
 from rempart_platform.audit.records import request_fields
 from rempart_platform.batch.callers import BatchCallers
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.endpoints.testing import Faults
+from rempart_platform.errors import EngineLostError, ErrorKind, RempartError
 from rempart_platform.generation import Caller, ServiceTier, Standing
 from rempart_platform.request_trace import RequestTrace
 from rempart_platform.tenancy.api_keys import ApiKeyStore, KeyHasher
@@ -95,6 +96,17 @@ async def test_a_mistake_of_ours_is_an_answer_too(caplog: pytest.LogCaptureFixtu
     assert answer.error.kind is ErrorKind.INTERNAL
     assert "ZeroDivisionError" in caplog.text
     assert b"ZeroDivision" not in answer.body
+
+
+@pytest.mark.parametrize("die_at", [0, 1])
+async def test_an_engine_that_went_away_with_a_line_is_told_apart(die_at: int) -> None:
+    async with engine_rig(lambda prompt, choice: "Paris", faults=Faults(die_at=die_at)) as rig:
+        answer = await OnlineLineRunner(rig.services, at_batch_tier)(CALLER, CHAT, chat(), 60.0)
+        assert isinstance(answer.error, EngineLostError)
+        again = await OnlineLineRunner(rig.services, at_batch_tier)(CALLER, CHAT, chat(), 60.0)
+    assert again.error is not None
+    assert again.error.kind is ErrorKind.UNAVAILABLE
+    assert not isinstance(again.error, EngineLostError)  # there is none to lose
 
 
 @dataclass(slots=True)

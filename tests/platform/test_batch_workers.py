@@ -23,7 +23,7 @@ from rempart_platform.batch.testing import (
 )
 from rempart_platform.batch.values import BatchLimits, BatchStatus, LineCounts
 from rempart_platform.batch.work_queue import WorkQueue
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import EngineLostError, ErrorKind, RempartError
 from rempart_platform.generation import Caller
 from rempart_platform.tenancy.redis_client import RedisClient
 from rempart_platform.tenancy.testing import own_redis
@@ -116,6 +116,17 @@ async def test_a_line_that_fails_again_and_again_is_answered_with_its_error(rig:
         batch = await rig.ended(await rig.submit([request_line(number) for number in range(2)]))
     assert await rig.errors(batch) == {"line-0": "500"}
     assert rig.runner.attempts == {"0": CONFIG.max_line_attempts, "1": CONFIG.max_line_attempts}
+
+
+async def test_a_line_under_which_engines_are_lost_again_and_again_is_given_no_more_of_them(rig: BatchRig) -> None:
+    lost = EngineLostError(ErrorKind.UNAVAILABLE, "lost", retry_after_s=0.0)
+    rig.runner.scripts["0"] = [lost] * 99
+    rig.runner.scripts["1"] = [lost] * (CONFIG.max_engine_losses - 1)
+    async with rig.working():
+        batch = await rig.ended(await rig.submit([request_line(number) for number in range(2)]))
+    assert await rig.errors(batch) == {"line-0": "503"}
+    assert await rig.texts(batch) == right_texts([1])
+    assert rig.runner.attempts == {"0": CONFIG.max_engine_losses, "1": CONFIG.max_engine_losses}
 
 
 async def test_a_cancelled_batch_keeps_what_was_answered(rig: BatchRig) -> None:

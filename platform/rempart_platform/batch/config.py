@@ -15,6 +15,7 @@ _COUNTS = (
     "max_kept_answer_bytes",
     "max_deliveries",
     "max_line_attempts",
+    "max_engine_losses",
 )
 
 
@@ -47,6 +48,8 @@ class BatchConfig:
     """Of a shard without any line answered; then its open lines are answered with an error."""
     max_line_attempts: int = 3
     """Of a line that fails in a way that may pass; a full queue, a quota and missing engines are waited out instead."""
+    max_engine_losses: int = 5
+    """Under one line, in the hands of one worker; then it is answered with that error, for it may be what ends them."""
     drain_s: float = 2.0
     """How long giving back shards holds up a router that stops."""
     janitor_s: float = 30.0

@@ -31,7 +31,7 @@ from rempart_platform.batch.storage import (
 )
 from rempart_platform.batch.values import LineRunner
 from rempart_platform.batch.work_queue import Claim, Interruption, WorkQueue
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import EngineLostError, ErrorKind, RempartError
 
 _MAX_PLANS = 64
 _FIRST_RETRY = 2
@@ -171,7 +171,7 @@ class ShardWork:
 
     async def attempt(self, job: Job, request: RequestLine, room: LaneTask) -> ResultLine:
         """Answers one line, and waits out what passes."""
-        num_failures = 0
+        num_failures = num_losses = 0
         while True:
             async with room.in_flight():
                 timeout_s = max(job.batch.expires_s - self._clock(), 0.0)
@@ -179,7 +179,10 @@ class ShardWork:
             error = answer.error
             is_waited_out = error is not None and error.kind in _WAITED_OUT
             num_failures += not is_waited_out
-            may_retry = is_waited_out or num_failures < self._config.max_line_attempts
+            num_losses += isinstance(error, EngineLostError)
+            may_retry = num_losses < self._config.max_engine_losses and (
+                is_waited_out or num_failures < self._config.max_line_attempts
+            )
             if error is None or not error.answer.is_retryable or not may_retry:
                 return ResultLine.answered(request.custom_id, answer)
             self._metrics.line_retried(error.answer.openai_code)

@@ -15,7 +15,7 @@ import grpc.aio
 from rempart_platform.endpoints.load import EndpointLoad
 from rempart_platform.endpoints.token_stream import TokenStream
 from rempart_platform.endpoints.turns import Turns
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import EngineLostError, ErrorKind, RempartError
 from rempart_protos.v1 import engine_pb2
 
 _DEADLINE_GRACE_S = 1.0  # an engine keeps a request's deadline itself; this is for one that cannot
@@ -25,7 +25,7 @@ SessionCall = grpc.aio.StreamStreamCall[engine_pb2.SessionCommand, engine_pb2.Se
 
 def engine_lost() -> RempartError:
     """The answer to every request of an endpoint that went away."""
-    return RempartError(ErrorKind.UNAVAILABLE, "The model's engine was lost. Try again.", retry_after_s=1.0)
+    return EngineLostError(ErrorKind.UNAVAILABLE, "The model's engine was lost. Try again.", retry_after_s=1.0)
 
 
 class EngineConnection:
