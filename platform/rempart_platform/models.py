@@ -62,6 +62,11 @@ class ModelCatalog:
         """In order of name, without aliases."""
         return [self._models[name] for name in sorted(self._models)]
 
+    def shown(self, name: str) -> ServedModel:
+        """As `listed` has it. Raises RempartError MODEL_NOT_FOUND."""
+        alias = self._aliases.get(name)
+        return self.get(name) if alias is None else self._as_model(alias)
+
     def listed(self) -> list[ServedModel]:
         """In order of name, with aliases as models of that name: what of their models holds for every session."""
         aliases = (self._as_model(alias) for alias in self._aliases.values())

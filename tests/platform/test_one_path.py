@@ -63,6 +63,19 @@ async def by_batch(services: ApiServices) -> str:
 BODY = json.dumps({"model": "chat", "prompt": "hi", "service_tier": "priority"}).encode()
 
 
+async def test_a_model_is_shown_by_the_name_that_it_is_listed_by() -> None:
+    catalog = ModelCatalog([tiny_model("new")], [parse_alias("chat=new")])
+    services = replace(fake_services(FakeDispatcher()), authenticator=AnyBearer(), catalog=catalog)
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(build_app(services)), base_url="http://router"
+    ) as client:
+        client.headers["authorization"] = AUTHORIZATION
+        listed = (await client.get("/v1/models")).json()["data"]
+        assert [each["id"] for each in listed] == ["chat", "new"]
+        assert [(await client.get(f"/v1/models/{each['id']}")).json() for each in listed] == listed
+        assert (await client.get("/v1/models/other")).status_code == 404
+
+
 async def test_all_front_ends_are_one_path() -> None:
     dispatcher = FakeDispatcher()
     catalog = ModelCatalog([tiny_model("new")], [parse_alias("chat=new")])

@@ -103,7 +103,7 @@ class _Models:
         return json_response(ModelList([_model_object(model) for model in self._catalog.listed()]))
 
     async def get(self, request: Request) -> Response:
-        return json_response(_model_object(self._catalog.get(request.path_params["name"])))
+        return json_response(_model_object(self._catalog.shown(request.path_params["name"])))
 
 
 class _Tokenize:

@@ -260,7 +260,7 @@ def _key(table: Mapping[str, object], where: str, environ: Mapping[str, str]) ->
     if len(table) != 1:
         raise SeedError(f"{where} must have one of {', '.join(_SECRET_FROM)}")
     ((source, name),) = table.items()
-    if key_id_of(str(name)) is not None:
+    if key_id_of(str(name).strip()) is not None:
         raise SeedError(f"{where}.{source} is the key itself; it must name where the key lies")
     try:
         key = (Path(str(name)).read_text() if source == "from_file" else environ[str(name)]).strip()
