@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rempart_platform.demo_model import find_demo_model
+from rempart_platform.local.demo_model import find_demo_model
 
 
 @pytest.fixture(scope="session")

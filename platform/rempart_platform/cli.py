@@ -13,8 +13,8 @@ from typing import Annotated
 
 import typer
 
-from rempart_platform import admin_commands, audit_commands, batch_commands, plan_commands
-from rempart_platform.admin_console import DEFAULT_ADDRESS
+from rempart_platform.console import admin_commands, audit_commands, batch_commands, plan_commands
+from rempart_platform.console.admin_view import DEFAULT_ADDRESS
 from rempart_platform.plan.command import show_plan
 
 app = typer.Typer(
@@ -102,9 +102,9 @@ def up(  # noqa: PLR0913 - a flag is a parameter
     engine_module: Annotated[str, typer.Option(hidden=True)] = "rempart_engine",
 ) -> None:
     """Start everything on this machine: Redis, engines, a router, a demo tenant."""
-    from rempart_platform.demo_model import DEMO_MODEL_NAME, DemoModelMissingError, find_demo_model
-    from rempart_platform.local_config import LocalConfig, LocalConfigError, served_name, to_engine_flag
-    from rempart_platform.up import up as run_up
+    from rempart_platform.local.config import LocalConfig, LocalConfigError, served_name, to_engine_flag
+    from rempart_platform.local.demo_model import DEMO_MODEL_NAME, DemoModelMissingError, find_demo_model
+    from rempart_platform.local.up import up as run_up
 
     if model is None and dtype is None:
         dtype = Dtype.FLOAT32  # the smaller a model, the more often rounding decides between its words
@@ -177,7 +177,7 @@ def chat(
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.", show_default=False)] = None,
 ) -> None:
     """Talk with a model; from a pipe, one question a line."""
-    from rempart_platform import console_chat
+    from rempart_platform.console import chat as console_chat
 
     settings = console_chat.ChatSettings(address, key, model, temperature, max_tokens)
     raise typer.Exit(console_chat.chat(settings, sys.stdin, sys.stdout, sys.stderr))

@@ -26,13 +26,13 @@ from rempart_platform.apis.http_limits import HttpLimits
 from rempart_platform.audit.values import AuditConfig
 from rempart_platform.batch.config import BatchConfig
 from rempart_platform.chat.format import CHAT_FORMATS
+from rempart_platform.cluster.leadership import LeaseConfig, parse_lease_name
 from rempart_platform.endpoints.discovery import DiscoveryConfig
 from rempart_platform.endpoints.pick import PickConfig
 from rempart_platform.endpoints.service_name import ServiceName, parse_services
 from rempart_platform.endpoints.session import SessionConfig
 from rempart_platform.endpoints.static import parse_address, parse_addresses
 from rempart_platform.holding import HoldConfig
-from rempart_platform.leadership import LeaseConfig, parse_lease_name
 from rempart_platform.oidc.values import OidcConfig
 from rempart_platform.request_limits import RequestLimits
 from rempart_platform.tenancy.queue_values import QueueConfig

@@ -20,8 +20,8 @@ async def open_source(config: RouterConfig, observer: DiscoveryObserver) -> Asyn
     """
     if config.engines_kubernetes:
         # Here and not above: it takes half a second to import, which nobody who lists engines needs to wait.
+        from rempart_platform.cluster.kubernetes_api import connect_kubernetes
         from rempart_platform.endpoints.kubernetes import ServiceSource
-        from rempart_platform.kubernetes_api import connect_kubernetes
 
         async with connect_kubernetes() as client:
             settings, rng = config.discovery.kubernetes, random.Random()

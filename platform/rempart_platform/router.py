@@ -21,6 +21,7 @@ from rempart_platform.apis.services import ApiServices
 from rempart_platform.audit.log import AuditLog, open_audit_log
 from rempart_platform.batch.callers import BatchCallers
 from rempart_platform.batch.service import BatchService
+from rempart_platform.cluster.open_leadership import open_leadership
 from rempart_platform.config import RouterConfig, RouterSecrets, config_digest
 from rempart_platform.discovery_metrics import DiscoveryMetrics
 from rempart_platform.dispatcher import DispatchConfig, Dispatcher
@@ -34,7 +35,6 @@ from rempart_platform.metrics import EndpointCollector, QueueMetrics, QuotaMetri
 from rempart_platform.model_sync import load_catalog, sync_model
 from rempart_platform.models import ModelCatalog
 from rempart_platform.oidc.authenticator import Gates, open_gates
-from rempart_platform.open_leadership import open_leadership
 from rempart_platform.process_metrics import RouterState, register_process_metrics
 from rempart_platform.readiness import Readiness
 from rempart_platform.servers import grpc_server, http_server, metrics_server

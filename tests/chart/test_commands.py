@@ -20,7 +20,7 @@ from rempart_engine import fetch
 from rempart_engine.config import EngineConfig
 from rempart_engine.manifest import write_manifest
 from rempart_platform.config import RouterConfig
-from rempart_platform.local_testing import FAKE_ENGINE, PlatformUnderTest, write_byte_model
+from rempart_platform.local.testing import FAKE_ENGINE, PlatformUnderTest, write_byte_model
 from rempart_platform.tenancy.embedded import find_server
 from rempart_platform.tenancy.seed import read_seed
 from rempart_protos.v1 import admin_pb2, batch_pb2, engine_pb2, inference_pb2

@@ -7,8 +7,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rempart_platform.demo_model import DEMO_MODEL_NAME
-from rempart_platform.local_testing import PlatformUnderTest
+from rempart_platform.local.demo_model import DEMO_MODEL_NAME
+from rempart_platform.local.testing import PlatformUnderTest
 
 
 @pytest.fixture(scope="session")

@@ -45,8 +45,8 @@ from numba.core.caching import _CacheLocator
 from openai import AsyncOpenAI
 
 from rempart_engine.manifest import write_manifest
-from rempart_platform.admin_client import open_admin
-from rempart_platform.kubernetes_testing import FakeKubernetes, endpoint
+from rempart_platform.cluster.testing import FakeKubernetes, endpoint
+from rempart_platform.console.admin_client import open_admin
 
 Manifest = dict[str, Any]
 

@@ -15,9 +15,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from rempart_platform.admin_client import open_admin
+from rempart_platform.console.admin_client import open_admin
 from rempart_platform.endpoints.testing import FakeEngine, fake_model_info
-from rempart_platform.local_testing import run_cli, write_byte_model
+from rempart_platform.local.testing import run_cli, write_byte_model
 from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redis
 
 ADMIN_KEY = "an admin key of the tests"

@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import httpx
 import pytest
 
-from rempart_platform.admin_client import open_admin
+from rempart_platform.console.admin_client import open_admin
 from rempart_platform.endpoints.testing import hash_token
-from rempart_platform.local_testing import write_byte_model
+from rempart_platform.local.testing import write_byte_model
 from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redis
 from rempart_protos.v1 import engine_pb2, sampling_pb2
 

@@ -15,8 +15,8 @@ import pytest
 from tests.e2e.test_two_routers import ADMIN_KEY, running_router
 
 from rempart_engine.testing import EngineUnderTest, FakeModel
-from rempart_platform.admin_client import AdminClient, open_admin
-from rempart_platform.local_testing import write_byte_model
+from rempart_platform.console.admin_client import AdminClient, open_admin
+from rempart_platform.local.testing import write_byte_model
 from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redis
 from rempart_platform.tenancy.terms import TERMS_S
 from rempart_protos.v1 import admin_pb2, inference_pb2, inference_pb2_grpc, sampling_pb2

@@ -18,7 +18,7 @@ from openai.types.chat import ChatCompletionChunk, ChatCompletionMessage, ChatCo
 from openai.types.chat.chat_completion_message_function_tool_call import ChatCompletionMessageFunctionToolCall
 
 from rempart_platform.chat.message import Message, ToolCall
-from rempart_platform.local_testing import PlatformUnderTest, run_cli
+from rempart_platform.local.testing import PlatformUnderTest, run_cli
 from rempart_platform.text.from_folder import load_folder
 from rempart_platform.text.tokenizer import Tokenizer
 from rempart_protos.v1 import inference_pb2, inference_pb2_grpc, sampling_pb2

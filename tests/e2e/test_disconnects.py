@@ -10,7 +10,7 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
-from rempart_platform.local_testing import PlatformUnderTest, scrape
+from rempart_platform.local.testing import PlatformUnderTest, scrape
 from rempart_platform.metrics import QuotaMetrics, RouterMetrics
 from rempart_platform.tenancy.quota import QuotaConfig, open_ledger
 from rempart_platform.tenancy.redis_client import RedisConfig, connect_redis

@@ -10,7 +10,7 @@ import openai
 import psutil
 import pytest
 
-from rempart_platform.local_testing import PlatformUnderTest
+from rempart_platform.local.testing import PlatformUnderTest
 from rempart_protos.v1 import inference_pb2, inference_pb2_grpc, sampling_pb2
 
 pytestmark = pytest.mark.e2e

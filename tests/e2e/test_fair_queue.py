@@ -14,9 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from rempart_platform.admin_client import open_admin
+from rempart_platform.console.admin_client import open_admin
 from rempart_platform.endpoints.testing import FakeEngine, fake_model_info
-from rempart_platform.local_testing import scrape, write_byte_model
+from rempart_platform.local.testing import scrape, write_byte_model
 from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redis
 from rempart_protos.v1 import admin_pb2, engine_pb2
 

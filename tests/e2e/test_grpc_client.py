@@ -9,8 +9,8 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from rempart_platform.local_testing import PlatformUnderTest
-from rempart_platform.welcome import QUESTION
+from rempart_platform.local.testing import PlatformUnderTest
+from rempart_platform.local.welcome import QUESTION
 from rempart_protos.v1 import inference_pb2, inference_pb2_grpc, sampling_pb2
 
 pytestmark = pytest.mark.e2e

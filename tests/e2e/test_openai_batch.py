@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai.types import Batch
 
-from rempart_platform.local_testing import PlatformUnderTest
+from rempart_platform.local.testing import PlatformUnderTest
 
 pytestmark = pytest.mark.e2e
 

@@ -7,7 +7,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from rempart_platform.local_testing import PlatformUnderTest
+from rempart_platform.local.testing import PlatformUnderTest
 
 pytestmark = pytest.mark.e2e
 

@@ -8,9 +8,9 @@ import sys
 import httpx
 import pytest
 
-from rempart_platform.local import RunningPlatform
-from rempart_platform.local_testing import PlatformUnderTest, scrape
-from rempart_platform.welcome import QUESTION, curl_line, python_lines
+from rempart_platform.local.run import RunningPlatform
+from rempart_platform.local.testing import PlatformUnderTest, scrape
+from rempart_platform.local.welcome import QUESTION, curl_line, python_lines
 
 pytestmark = pytest.mark.e2e
 

@@ -54,8 +54,13 @@ def test_greedy_tokens_and_logprobs_are_those_of_transformers(
     "options",
     [
         pytest.param({"max_step_tokens": 1024}, id="all together"),
-        pytest.param({"max_step_tokens": 32}, id="prefill in chunks of 32"),
-        pytest.param({"max_step_tokens": 512, "num_blocks": 40, "watermark": 0.0}, id="preempted in a small pool"),
+        # Minutes of the same that test_batch_invariance shows bit by bit.
+        pytest.param({"max_step_tokens": 32}, id="prefill in chunks of 32", marks=pytest.mark.slow),
+        pytest.param(
+            {"max_step_tokens": 512, "num_blocks": 40, "watermark": 0.0},
+            id="preempted in a small pool",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_way_through_the_engine_changes_no_token(

@@ -11,8 +11,8 @@ import pytest
 from tests.observe.metrics_page import Metric, told
 from tests.observe.prometheus import Prometheus, running_prometheus
 
-from rempart_platform.demo_model import DEMO_MODEL_NAME
-from rempart_platform.local_testing import PlatformUnderTest
+from rempart_platform.local.demo_model import DEMO_MODEL_NAME
+from rempart_platform.local.testing import PlatformUnderTest
 
 _LONG_PROMPT = "The archive keeps what was decided, by whom, and why. " * 16
 """Of several KV blocks, so that a second request finds some in the prefix cache."""

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from rempart_platform.cli import app
-from rempart_platform.local_testing import run_cli
+from rempart_platform.local.testing import run_cli
 
 PAGES = sorted(path for path in RUNBOOK.glob("*.md") if path.name != "README.md")
 DOCUMENTS = [*PAGES, RUNBOOK / "README.md", *(ROOT / "docs" / name for name in ("slo.md", "capacity.md", "metrics.md"))]

@@ -19,7 +19,7 @@ from rempart_platform.audit.verify import Verification, Wanted, read_records, ve
 from rempart_platform.config import ModelSource, RouterConfig, RouterSecrets
 from rempart_platform.endpoints.session import SessionConfig
 from rempart_platform.endpoints.testing import FakeEngine, fake_model_info
-from rempart_platform.local_testing import write_byte_model
+from rempart_platform.local.testing import write_byte_model
 from rempart_platform.object_store import open_object_store
 from rempart_platform.oidc.testing import AUDIENCE, local_issuer, new_key
 from rempart_platform.oidc.values import OidcConfig

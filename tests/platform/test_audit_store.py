@@ -19,7 +19,6 @@ from moto.server import ThreadedMotoServer
 from prometheus_client import CollectorRegistry
 from typer.testing import CliRunner
 
-from rempart_platform import audit_commands
 from rempart_platform.audit.chain import Segment
 from rempart_platform.audit.heads import HeadStore
 from rempart_platform.audit.log import AuditLog, open_audit_log
@@ -28,6 +27,7 @@ from rempart_platform.audit.testing import write_chain
 from rempart_platform.audit.values import AuditConfig
 from rempart_platform.audit.verify import Wanted, read_records, verify
 from rempart_platform.cli import app
+from rempart_platform.console import audit_commands
 from rempart_platform.generation import Caller, GenerationRequest
 from rempart_platform.object_store import open_object_store
 from rempart_platform.request_trace import RequestTrace

@@ -20,7 +20,7 @@ from openai.types.chat import (
 
 from rempart_platform.apis.grpc import InferenceServicer
 from rempart_platform.apis.testing import KEY, MODEL, EngineRig, engine_rig, serve_http, tag_model
-from rempart_platform.console_chat import ChatSettings, chat
+from rempart_platform.console.chat import ChatSettings, chat
 from rempart_protos.v1 import inference_pb2, inference_pb2_grpc, sampling_pb2
 
 HI: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]

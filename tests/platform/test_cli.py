@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from openai import OpenAI, RateLimitError
 
-from rempart_platform import limit_options
-from rempart_platform.demo_model import DemoModelMissingError, find_demo_model
-from rempart_platform.local import RunningPlatform
-from rempart_platform.local_testing import FAKE_ENGINE, FAKE_OUTPUT, PlatformUnderTest, run_cli, write_byte_model
+from rempart_platform.console import limit_options
+from rempart_platform.local.demo_model import DemoModelMissingError, find_demo_model
+from rempart_platform.local.run import RunningPlatform
+from rempart_platform.local.testing import FAKE_ENGINE, FAKE_OUTPUT, PlatformUnderTest, run_cli, write_byte_model
+from rempart_platform.local.welcome import QUESTION, curl_line, grpcurl_line, python_lines, ready_line, welcome
 from rempart_platform.tenancy.limits import LIMITS
-from rempart_platform.welcome import QUESTION, curl_line, grpcurl_line, python_lines, ready_line, welcome
 
 NO_ROUTER = "127.0.0.1:1"
 

@@ -5,9 +5,9 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
+from rempart_platform.cluster.testing import Told
 from rempart_platform.endpoints.discovery import DnsConfig
 from rempart_platform.endpoints.dns import DnsSource, Resolve
-from rempart_platform.kubernetes_testing import Told
 
 Answer = frozenset[str] | OSError
 

@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager, suppress
 
 import pytest
 
+from rempart_platform.cluster.testing import FakeKubernetes, Told, endpoint
 from rempart_platform.endpoints.discovery import KubernetesConfig
 from rempart_platform.endpoints.kubernetes import ServiceSource
 from rempart_platform.endpoints.service_name import ServiceName, parse_services
 from rempart_platform.endpoints.source import MergedSource
-from rempart_platform.kubernetes_testing import FakeKubernetes, Told, endpoint
 
 ENGINES = ServiceName("llm", "engines")
 DEFAULT = KubernetesConfig()

@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
+from rempart_platform.cluster.testing import endpoint, slice_manifest
 from rempart_platform.endpoints.endpoint_slices import endpoint_set, parse_list
 from rempart_platform.endpoints.source import EndpointSet, join_host_port, union
-from rempart_platform.kubernetes_testing import endpoint, slice_manifest
 
 
 def read(*slices: dict[str, Any], port_name: str = "grpc") -> EndpointSet:

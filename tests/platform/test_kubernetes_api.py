@@ -7,7 +7,7 @@ import aiohttp
 import pytest
 from kubernetes_asyncio.client.exceptions import ApiException
 
-from rempart_platform.kubernetes_api import KubernetesError, connect_kubernetes, reason_of
+from rempart_platform.cluster.kubernetes_api import KubernetesError, connect_kubernetes, reason_of
 
 
 @pytest.fixture(autouse=True)

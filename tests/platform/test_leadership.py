@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from rempart_platform.kubernetes_testing import FakeKubernetes
-from rempart_platform.leadership import LeaseConfig, OwnLeadership, parse_lease_name
-from rempart_platform.lease_leadership import LeaseLeadership
+from rempart_platform.cluster.leadership import LeaseConfig, OwnLeadership, parse_lease_name
+from rempart_platform.cluster.lease_leadership import LeaseLeadership
+from rempart_platform.cluster.testing import FakeKubernetes
 
 # Tries are quick; what lasts seconds is measured by the tests' own clock.
 CONFIG = LeaseConfig(lease_s=15.0, renew_s=10.0, retry_s=0.02)

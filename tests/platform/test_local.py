@@ -19,8 +19,8 @@ import psutil
 import pytest
 from rich.console import Console
 
-from rempart_platform.child_process import ChildDeath
-from rempart_platform.local_config import (
+from rempart_platform.local.child_process import ChildDeath
+from rempart_platform.local.config import (
     LocalConfig,
     LocalConfigError,
     engine_command,
@@ -29,8 +29,8 @@ from rempart_platform.local_config import (
     to_engine_flag,
     verify_command,
 )
-from rempart_platform.local_testing import FAKE_ENGINE, PlatformUnderTest, run_cli, write_byte_model
-from rempart_platform.startup_view import StartupView
+from rempart_platform.local.startup_view import StartupView
+from rempart_platform.local.testing import FAKE_ENGINE, PlatformUnderTest, run_cli, write_byte_model
 
 Up = Callable[..., PlatformUnderTest]
 

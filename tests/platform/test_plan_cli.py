@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rempart_platform.local_testing import run_cli
+from rempart_platform.local.testing import run_cli
 from rempart_platform.plan.machines import MACHINES_FILE, read_machines
 
 

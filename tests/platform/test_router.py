@@ -16,12 +16,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tokenizers import decoders, models, pre_tokenizers
 
+from rempart_platform.cluster.testing import FakeKubernetes, endpoint
 from rempart_platform.config import ModelSource, RouterConfig, RouterSecrets
 from rempart_platform.endpoints.service_name import ServiceName
 from rempart_platform.endpoints.session import SessionConfig
 from rempart_platform.endpoints.testing import FakeEngine, Faults, fake_model_info
 from rempart_platform.holding import HoldConfig
-from rempart_platform.kubernetes_testing import FakeKubernetes, endpoint
 from rempart_platform.router import serve
 from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redis
 from rempart_platform.text.byte_level import BYTE_OF

@@ -9,8 +9,8 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
+from rempart_platform.cluster.kubernetes_api import KubernetesError
 from rempart_platform.endpoints.source import EndpointSet, join_host_port
-from rempart_platform.kubernetes_api import KubernetesError
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 

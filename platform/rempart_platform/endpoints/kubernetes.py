@@ -20,12 +20,12 @@ import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
 from kubernetes_asyncio.client import ApiClient, DiscoveryV1Api
 
+from rempart_platform.cluster.kubernetes_api import KUBERNETES_AWAY, KubernetesError, reason_of
 from rempart_platform.endpoints.backoff import jittered_backoff_s
 from rempart_platform.endpoints.discovery import DiscoveryObserver, KubernetesConfig
 from rempart_platform.endpoints.endpoint_slices import EndpointSlice, endpoint_set, parse_event, parse_list
 from rempart_platform.endpoints.service_name import ServiceName
 from rempart_platform.endpoints.source import EndpointSet
-from rempart_platform.kubernetes_api import KUBERNETES_AWAY, KubernetesError, reason_of
 
 _logger = logging.getLogger(__name__)
 

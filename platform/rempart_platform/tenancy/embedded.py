@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from rempart_platform.child_process import dying_with_parent
+from rempart_platform.local.child_process import dying_with_parent
 
 _STOP_TIMEOUT_S = 5.0
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from rempart_platform.child_process import dying_with_parent
+from rempart_platform.local.child_process import dying_with_parent
 from rempart_platform.tenancy.embedded import find_server
 
 MASTER_NAME = "main"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    from rempart_platform.admin_client import AdminClient
+    from rempart_platform.console.admin_client import AdminClient
 
 DEFAULT_ADDRESS = "127.0.0.1:8001"
 _PIPE_WIDTH = 1000
@@ -29,8 +29,8 @@ def call(address: str, admin_key: str, act: "Callable[[AdminClient], Awaitable[_
 
     import grpc.aio
 
-    from rempart_platform.admin_client import open_admin
-    from rempart_platform.rpc_failure import describe
+    from rempart_platform.console.admin_client import open_admin
+    from rempart_platform.console.rpc_failure import describe
 
     async def run() -> _T:
         async with open_admin(address, admin_key.strip()) as admin:

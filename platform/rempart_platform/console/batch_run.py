@@ -11,8 +11,8 @@ import grpc
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from rempart_platform.batch_client import BatchClient
-from rempart_platform.rpc_failure import failed_call
+from rempart_platform.console.batch_client import BatchClient
+from rempart_platform.console.rpc_failure import failed_call
 from rempart_protos.v1 import batch_pb2
 
 DEFAULT_ENDPOINT: Final = "/v1/chat/completions"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rempart_platform.child_process import ChildCommand
+from rempart_platform.local.child_process import ChildCommand
 from rempart_platform.object_store import ObjectStoreUrlError, open_object_store
 
 VERIFY = "verify"

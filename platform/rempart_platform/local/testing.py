@@ -1,6 +1,6 @@
 """`rempart up` as a test runs it: a process, its addresses, its numbers, and what it leaves behind.
 
-As a module, a fake engine that takes a real one's flags: `rempart up --engine-module rempart_platform.local_testing`.
+As a module, a fake engine that takes a real one's flags: `rempart up --engine-module rempart_platform.local.testing`.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from rempart_platform.endpoints.testing import FakeEngine, fake_model_info
 from rempart_platform.text.byte_level import BYTE_OF
 from rempart_protos.v1 import engine_pb2
 
-FAKE_ENGINE = "rempart_platform.local_testing"
+FAKE_ENGINE = "rempart_platform.local.testing"
 FAKE_OUTPUT = b"round and "
 """What the fake engine says, again and again; one token is one byte."""
 _STOP_S = 15.0

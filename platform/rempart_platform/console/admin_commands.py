@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rempart_platform.admin_console import (
+from rempart_platform.console.admin_view import (
     DEFAULT_ADDRESS,
     Address,
     AdminKey,
@@ -17,7 +17,7 @@ from rempart_platform.admin_console import (
     print_table,
     time_text,
 )
-from rempart_platform.limit_options import (
+from rempart_platform.console.limit_options import (
     EVERY_MODEL,
     LIMITS,
     Model,
@@ -28,8 +28,8 @@ from rempart_platform.limit_options import (
     unset_names,
     with_limits,
 )
-from rempart_platform.plan_commands import plans
-from rempart_platform.standing_options import (
+from rempart_platform.console.plan_commands import plans
+from rempart_platform.console.standing_options import (
     HEADINGS,
     CacheGroup,
     MaxTier,

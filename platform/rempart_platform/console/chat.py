@@ -10,7 +10,7 @@ from typing import TextIO
 
 import grpc
 
-from rempart_platform.rpc_failure import describe
+from rempart_platform.console.rpc_failure import describe
 from rempart_protos.v1 import inference_pb2, inference_pb2_grpc, sampling_pb2
 
 _TIMEOUT_S = 10.0

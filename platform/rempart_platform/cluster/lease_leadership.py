@@ -20,8 +20,8 @@ from http import HTTPStatus
 from kubernetes_asyncio.client import ApiClient, CoordinationV1Api, V1Lease, V1LeaseSpec, V1ObjectMeta
 from kubernetes_asyncio.client.exceptions import ApiException
 
-from rempart_platform.kubernetes_api import KUBERNETES_AWAY, reason_of
-from rempart_platform.leadership import LeaseConfig
+from rempart_platform.cluster.kubernetes_api import KUBERNETES_AWAY, reason_of
+from rempart_platform.cluster.leadership import LeaseConfig
 
 _logger = logging.getLogger(__name__)
 

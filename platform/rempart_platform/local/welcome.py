@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 
-from rempart_platform.local import RunningPlatform
+from rempart_platform.local.run import RunningPlatform
 
 QUESTION = "What is the capital of France?"
 _MAX_TOKENS = 32

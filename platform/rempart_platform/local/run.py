@@ -15,9 +15,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rempart_platform.admin_client import open_admin
-from rempart_platform.child_process import ChildObserver, Children
-from rempart_platform.local_config import (
+from rempart_platform.console.admin_client import open_admin
+from rempart_platform.local.child_process import ChildObserver, Children
+from rempart_platform.local.config import (
     LocalConfig,
     LocalSecrets,
     engine_command,

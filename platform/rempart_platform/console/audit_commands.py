@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeAlias, TypeVar
 
 import typer
 
-from rempart_platform.admin_console import AsJson, print_json
 from rempart_platform.audit.values import Kind
+from rempart_platform.console.admin_view import AsJson, print_json
 
 if TYPE_CHECKING:
     from rempart_platform.audit.heads import HeadStore

@@ -8,8 +8,8 @@ from uuid import uuid4
 
 from prometheus_client import CollectorRegistry, Gauge
 
+from rempart_platform.cluster.leadership import Leadership, OwnLeadership
 from rempart_platform.config import RouterConfig
-from rempart_platform.leadership import Leadership, OwnLeadership
 
 
 @asynccontextmanager
@@ -26,8 +26,8 @@ async def open_leadership(config: RouterConfig, registry: CollectorRegistry) -> 
         yield leadership
         return
     # Here and not above: it takes half a second to import, which nobody without a Lease needs to wait.
-    from rempart_platform.kubernetes_api import connect_kubernetes
-    from rempart_platform.lease_leadership import LeaseLeadership
+    from rempart_platform.cluster.kubernetes_api import connect_kubernetes
+    from rempart_platform.cluster.lease_leadership import LeaseLeadership
 
     async with connect_kubernetes() as client, asyncio.TaskGroup() as tasks:
         identity = f"{socket.gethostname()}_{uuid4().hex[:8]}"

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias, TypeVar
 
 import typer
 
-from rempart_platform.admin_console import DEFAULT_ADDRESS, Address, AsJson, print_json, print_table, time_text
+from rempart_platform.console.admin_view import DEFAULT_ADDRESS, Address, AsJson, print_json, print_table, time_text
 
 if TYPE_CHECKING:
-    from rempart_platform.batch_client import BatchClient
-    from rempart_platform.batch_run import ResultPaths
+    from rempart_platform.console.batch_client import BatchClient
+    from rempart_platform.console.batch_run import ResultPaths
     from rempart_protos.v1 import batch_pb2
 
 batches = typer.Typer(help="Batch jobs: a file of requests in, a file of answers out.", no_args_is_help=True)
@@ -49,7 +49,7 @@ def run(  # noqa: PLR0913 - a flag is a parameter
     """Upload a file, run it, and fetch the results. Exit code 0 when every line was answered with success."""
     from rich.console import Console
 
-    from rempart_platform.batch_run import BatchRun, ResultPaths, run_batch
+    from rempart_platform.console.batch_run import BatchRun, ResultPaths, run_batch
 
     results = ResultPaths.beside(requests, output, errors)
     _check_results(results, overwrite)
@@ -112,7 +112,7 @@ def download(
     overwrite: _Overwrite = False,
 ) -> None:
     """Fetch the results of a batch that has ended; prints the files that were written."""
-    from rempart_platform.batch_run import FINAL_STATUSES, ResultPaths, download_results, status_text
+    from rempart_platform.console.batch_run import FINAL_STATUSES, ResultPaths, download_results, status_text
 
     results = ResultPaths.beside(Path(batch_id), output, errors)
     _check_results(results, overwrite)
@@ -132,8 +132,8 @@ def _call(address: str, key: str, act: "Callable[[BatchClient], _T]") -> _T:
     """The answer; a refusal, or a file that cannot be read, becomes one line on stderr and exit code 1."""
     import grpc
 
-    from rempart_platform.batch_client import open_batches
-    from rempart_platform.rpc_failure import describe, failed_call
+    from rempart_platform.console.batch_client import open_batches
+    from rempart_platform.console.rpc_failure import describe, failed_call
 
     try:
         with open_batches(address, key.strip()) as client:
@@ -172,7 +172,7 @@ def _show(batch: "batch_pb2.Batch", as_json: bool) -> None:
 
 
 def _print_batches(found: "list[batch_pb2.Batch]") -> None:
-    from rempart_platform.batch_run import status_text
+    from rempart_platform.console.batch_run import status_text
 
     rows = [
         (
@@ -190,7 +190,7 @@ def _print_batches(found: "list[batch_pb2.Batch]") -> None:
 
 def _document(batch: "batch_pb2.Batch") -> dict[str, object]:
     """All that is known of it; null where it did not come to that."""
-    from rempart_platform.batch_run import status_text
+    from rempart_platform.console.batch_run import status_text
 
     times = ("in_progress_s", "finalizing_s", "completed_s", "failed_s", "expired_s", "cancelling_s", "cancelled_s")
     return {

@@ -9,11 +9,11 @@ from functools import partial
 
 from rich.console import Console
 
-from rempart_platform.local import LocalPlatform, RunningPlatform, StopRequests
-from rempart_platform.local_config import VERIFY, LocalConfig, LocalConfigError
-from rempart_platform.startup_view import StartupView
+from rempart_platform.local.config import VERIFY, LocalConfig, LocalConfigError
+from rempart_platform.local.run import LocalPlatform, RunningPlatform, StopRequests
+from rempart_platform.local.startup_view import StartupView
+from rempart_platform.local.welcome import ready_line, welcome
 from rempart_platform.tenancy.embedded import EmbeddedRedisError
-from rempart_platform.welcome import ready_line, welcome
 
 
 class ExitCode(IntEnum):
