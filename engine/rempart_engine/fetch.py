@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -27,6 +27,7 @@ from obstore.exceptions import BaseError
 from obstore.store import ObjectStore, from_url
 from tqdm import tqdm
 
+from rempart_engine.byte_progress import ByteProgress, OnProgress
 from rempart_engine.manifest import FileFacts, ManifestError, read_manifest, signature_path
 
 MANIFEST = "manifest.json"
@@ -49,7 +50,7 @@ def fetch_model(
     public_key: Path | None = None,
     excluded: Sequence[str] = (),
     num_files_at_once: int = 4,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress | None = None,
 ) -> bool:
     """Makes the folder hold the model; False when it did already.
 
@@ -59,7 +60,7 @@ def fetch_model(
         public_key: PEM file of the ed25519 key that must have signed the manifest.
         excluded: patterns of files to leave out, such as "*.safetensors".
         num_files_at_once: files that are brought at a time.
-        on_progress: told how many bytes are there, and of how many; from several threads, one at a time.
+        on_progress: told of the bytes that are there.
 
     Raises:
         FetchError: the source does not answer or lacks a file, a file is not as the manifest says, or the disk is too
@@ -132,29 +133,14 @@ def _require_room(unfinished: Path, files: Mapping[str, FileFacts]) -> None:
         raise FetchError(f"{unfinished.parent} has {free:,} bytes free, and {needed:,} are needed")
 
 
-class _Progress:
-    """Adds up what several threads have brought."""
-
-    def __init__(self, total: int, on_progress: Callable[[int, int], None]) -> None:
-        self._lock = threading.Lock()
-        self._done = 0
-        self._total = total
-        self._on_progress = on_progress
-
-    def add(self, num_bytes: int) -> None:
-        with self._lock:
-            self._done += num_bytes
-            self._on_progress(self._done, self._total)
-
-
 def _bring_all(
     source: ObjectStore,
     unfinished: Path,
     files: Mapping[str, FileFacts],
     num_files_at_once: int,
-    on_progress: Callable[[int, int], None],
+    on_progress: OnProgress | None,
 ) -> None:
-    progress = _Progress(sum(facts.size for facts in files.values()), on_progress)
+    progress = ByteProgress(sum(facts.size for facts in files.values()), on_progress)
     stop = threading.Event()
 
     def bring(name: str) -> None:
@@ -172,7 +158,7 @@ def _bring_all(
 
 
 def _bring(
-    source: ObjectStore, path: Path, name: str, facts: FileFacts, progress: _Progress, stop: threading.Event
+    source: ObjectStore, path: Path, name: str, facts: FileFacts, progress: ByteProgress, stop: threading.Event
 ) -> None:
     if _is_there(path, facts):
         progress.add(facts.size)

@@ -18,7 +18,6 @@ import io
 import os
 import stat
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,15 +26,13 @@ from typing import Annotated, Literal
 import msgspec
 from tqdm import tqdm
 
+from rempart_engine.byte_progress import ByteProgress, OnProgress
 from rempart_engine.signature import SignatureError, require_signature, sign
 
 _SIGNATURE_SUFFIX = ".sig"
 _NUM_THREADS = min(4, os.cpu_count() or 1)
 """Files hashed at a time. One core hashes 1 to 2 GB a second, often less than the storage reads."""
 _MAX_PROBLEMS_IN_MESSAGE = 20
-
-OnProgress = Callable[[int, int], None]
-"""Told how many bytes are hashed, and of how many; from several threads, one at a time."""
 
 
 class ManifestError(ValueError):
@@ -180,24 +177,9 @@ class _Counted(io.RawIOBase):
         super().close()
 
 
-class _Progress:
-    """Adds up what several threads have hashed."""
-
-    def __init__(self, total: int, on_progress: OnProgress) -> None:
-        self._lock = threading.Lock()
-        self._done = 0
-        self._total = total
-        self._on_progress = on_progress
-
-    def add(self, num_bytes: int) -> None:
-        with self._lock:
-            self._done += num_bytes
-            self._on_progress(self._done, self._total)
-
-
 def _hashes(files: Mapping[str, Path], on_progress: OnProgress | None) -> dict[str, str]:
     total = sum(path.stat().st_size for path in files.values())
-    progress = _Progress(total, on_progress or (lambda done, total: None))
+    progress = ByteProgress(total, on_progress)
 
     def digest(path: Path) -> str:
         try:
