@@ -53,6 +53,14 @@ def test_an_engine_on_a_cpu_asks_for_no_gpu_anywhere() -> None:
         assert "nvidia.com/gpu" not in pod["containers"][0]["resources"]["limits"]
 
 
+def test_routers_know_a_models_length_before_its_first_engine_says_it() -> None:
+    manifests = render(Case((SCALEWAY, MODEL["llama-8b-h100"])), 'engines.llama-8b.flags={"max-model-len": 8192}')
+    (router,) = find(manifests, "Deployment", "rempart-router")["spec"]["template"]["spec"]["containers"]
+    assert "--max-model-len=llama-3.1-8b=8192" in router["args"]
+    config = RouterConfig.from_args(router["args"])
+    assert config.models[0].max_model_len == 8192
+
+
 @pytest.mark.parametrize(
     ("size_gib", "verify", "expected_s"), [(1, False, 310), (15, False, 380), (15, True, 460), (640, True, 6860)]
 )

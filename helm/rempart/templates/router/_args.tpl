@@ -18,6 +18,9 @@
 {{- with $engine.model.chatFormat }}
 - {{ printf "--chat-format=%v=%v" $model . | quote }}
 {{- end }}
+{{- with index $engine.flags "max-model-len" }}
+- {{ printf "--max-model-len=%v=%v" $model (int64 .) | quote }}
+{{- end }}
 {{- end }}
 {{- range $name, $targets := .Values.router.aliases }}
 - {{ printf "--alias=%v=%v" $name $targets | quote }}
