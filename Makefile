@@ -21,10 +21,10 @@ up: $(INSTALLED) ## set everything up, then serve SmolLM2-135M-Instruct on this 
 
 test: test-cpu test-triton compile-kernels ## all tests that need no GPU and no long time
 
-# Two processes that wait for their threads by spinning would take each other's cores.
+# Two processes that wait for their threads by spinning would take each other's cores. What takes longest begins first.
 test-cpu: $(INSTALLED) $(TOOLS) ## of these, all but the kernels for GPUs
 	@GOMP_SPINCOUNT=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder \
-	  -m "not slow and not gpu" tests/engine
+	  -m "not slow and not gpu" tests/engine/test_parity.py tests/engine
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope -m "not slow and not gpu" \
 	  tests/platform tests/chart tests/deploy tests/observe
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" tests/e2e
@@ -115,6 +115,7 @@ $(BIN)/helm: | $(INSTALLED)
 $(BIN)/promtool: | $(INSTALLED)
 	@echo "fetching Prometheus"
 	@set -e; at=$$(mktemp -d); trap 'rm -rf "$$at"' EXIT; \
-	  if command -v promtool prometheus >/dev/null; then install $$(command -v prometheus promtool) $(BIN); else \
+	  if command -v promtool >/dev/null && command -v prometheus >/dev/null; then \
+	    install "$$(command -v prometheus)" "$$(command -v promtool)" $(BIN); else \
 	    (cd "$$at" && apt-get download -qq prometheus 2>/dev/null && dpkg -x prometheus_*.deb .); \
 	    install "$$at/usr/bin/prometheus" "$$at/usr/bin/promtool" $(BIN); fi
