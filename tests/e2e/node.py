@@ -78,7 +78,7 @@ mount --rbind /proc "$root/proc"; mount --rbind /sys "$root/sys"
 cp "$1" "$root/etc/hosts"; shift
 while [ "$1" != -- ]; do mkdir -p "$root$2"; mount --bind "$1" "$root$2"; shift 2; done; shift
 while [ "$1" != -- ]; do  # this Python, where a volume hides it
-  if [ ! -e "$root$1" ]; then mkdir -p "$root$1"; mount --bind "$1" "$root$1"; fi; shift
+  if [ ! "$root$1" -ef "$1" ]; then mkdir -p "$root$1"; mount --bind "$1" "$root$1"; fi; shift
 done; shift
 mount -o remount,ro "$root"
 exec chroot "$root" "$@"
