@@ -44,7 +44,7 @@ def bucket() -> Iterator[Bucket]:
         aws_access_key_id="id",
         aws_secret_access_key="secret",
     )
-    s3.create_bucket(Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": "fr-par"})
+    s3.create_bucket(Bucket="batch", CreateBucketConfiguration={"LocationConstraint": "fr-par"})
     yield bucket
     server.stop()
 
@@ -54,7 +54,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     if request.param == "folder":
         return open_object_store(f"file://{tmp_path}/objects")
     found: Bucket = request.getfixturevalue("bucket")
-    return open_object_store(f"s3://bucket/{tmp_path.name}", found.environ)
+    return open_object_store(f"s3://batch/{tmp_path.name}", found.environ)
 
 
 async def all_of(pieces: AsyncIterator[bytes]) -> bytes:
@@ -202,7 +202,7 @@ async def test_a_storage_that_does_not_answer_is_an_answer_of_ours() -> None:
 async def test_a_whole_batch_over_a_bucket(bucket: Bucket, tmp_path: Path) -> None:
     async with own_redis() as redis:
         rig = BatchRig(redis, tmp_path, BatchConfig(lines_per_shard=4, poll_s=0.02))
-        rig.use(BatchStorage(open_object_store(f"s3://bucket/{tmp_path.name}", bucket.environ)))
+        rig.use(BatchStorage(open_object_store(f"s3://batch/{tmp_path.name}", bucket.environ)))
         async with rig.working():
             batch = await rig.ended(await rig.submit([request_line(number) for number in range(10)]))
         assert await rig.texts(batch) == right_texts(range(10))

@@ -1,5 +1,6 @@
 """A folder and a bucket behave alike."""
 
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,8 +29,9 @@ def url_and_environ(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
         aws_access_key_id="id",
         aws_secret_access_key="secret",
     )
-    s3.create_bucket(Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": "fr-par"})
-    yield "s3://bucket/a/prefix", {**access, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    bucket = f"objects-{secrets.token_hex(4)}"  # the servers of one process share their buckets
+    s3.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": "fr-par"})
+    yield f"s3://{bucket}/a/prefix", {**access, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
     server.stop()
 
 
