@@ -40,7 +40,8 @@ test-gpu: $(GPU_INSTALLED) ## the kernels and the engine on the GPU of this mach
 	@PYTHONPATH=engine:platform:protos $(GPU_PYTHON) -m pytest -q -m "not slow" tests/gpu $(ARGS)
 
 test-slow: $(INSTALLED) ## the tests that take minutes
-	@$(BIN)/python -m pytest -q -m slow $(ARGS)
+	@$(BIN)/python -m pytest -q -m "slow and not gpu" --ignore tests/gpu $(ARGS)
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not gpu" tests/gpu
 
 check: $(INSTALLED) ## format, lint, types, laws of the house, generated code
 	$(BIN)/ruff format --check .
