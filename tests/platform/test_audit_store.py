@@ -3,20 +3,18 @@
 import asyncio
 import errno
 import json
-import secrets
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import boto3
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from moto.server import ThreadedMotoServer
 from prometheus_client import CollectorRegistry
+from tests.buckets import Bucket
 from typer.testing import CliRunner
 
 from rempart_platform.audit.chain import Segment
@@ -39,23 +37,13 @@ from rempart_protos.v1 import sampling_pb2
 
 
 @pytest.fixture(params=["folder", "bucket"])
-def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "folder":
-        yield f"file://{tmp_path}/audit"
-        return
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    endpoint = "http://{}:{}".format(*server.get_host_and_port())
-    access = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "fr-par"}
-    for name, value in {**access, "AWS_ENDPOINT_URL": endpoint}.items():
+        return f"file://{tmp_path}/audit"
+    bucket: Bucket = request.getfixturevalue("bucket")
+    for name, value in bucket.environ.items():
         monkeypatch.setenv(name, value)
-    s3 = boto3.client(
-        "s3", endpoint_url=endpoint, region_name="fr-par", aws_access_key_id="id", aws_secret_access_key="secret"
-    )
-    bucket = f"audit-{secrets.token_hex(4)}"  # the servers of one process share their buckets
-    s3.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": "fr-par"})
-    yield f"s3://{bucket}/audit"
-    server.stop()
+    return f"{bucket.url}/audit"
 
 
 @pytest.fixture

@@ -1,14 +1,12 @@
 """What batch jobs ask of a folder and of a bucket."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
+from tests.buckets import Bucket
 
 from rempart_platform.batch.config import BatchConfig
 from rempart_platform.batch.storage import BatchStorage, MissingObjectError
@@ -21,40 +19,12 @@ ACCESS = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REG
 LARGE = 6 * 1024 * 1024  # more than one part of an upload
 
 
-@dataclass(frozen=True)
-class Bucket:
-    server: ThreadedMotoServer
-    endpoint: str
-
-    @property
-    def environ(self) -> dict[str, str]:
-        return {**ACCESS, "AWS_ENDPOINT_URL": self.endpoint}
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[Bucket]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    bucket = Bucket(server, f"http://{host}:{port}")
-    s3 = boto3.client(
-        "s3",
-        endpoint_url=bucket.endpoint,
-        region_name="fr-par",
-        aws_access_key_id="id",
-        aws_secret_access_key="secret",
-    )
-    s3.create_bucket(Bucket="batch", CreateBucketConfiguration={"LocationConstraint": "fr-par"})
-    yield bucket
-    server.stop()
-
-
 @pytest.fixture(params=["folder", "bucket"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     if request.param == "folder":
         return open_object_store(f"file://{tmp_path}/objects")
     found: Bucket = request.getfixturevalue("bucket")
-    return open_object_store(f"s3://batch/{tmp_path.name}", found.environ)
+    return open_object_store(f"{found.url}/objects", found.environ)
 
 
 async def all_of(pieces: AsyncIterator[bytes]) -> bytes:
@@ -202,7 +172,7 @@ async def test_a_storage_that_does_not_answer_is_an_answer_of_ours() -> None:
 async def test_a_whole_batch_over_a_bucket(bucket: Bucket, tmp_path: Path) -> None:
     async with own_redis() as redis:
         rig = BatchRig(redis, tmp_path, BatchConfig(lines_per_shard=4, poll_s=0.02))
-        rig.use(BatchStorage(open_object_store(f"s3://batch/{tmp_path.name}", bucket.environ)))
+        rig.use(BatchStorage(open_object_store(f"{bucket.url}/objects", bucket.environ)))
         async with rig.working():
             batch = await rig.ended(await rig.submit([request_line(number) for number in range(10)]))
         assert await rig.texts(batch) == right_texts(range(10))

@@ -1,38 +1,21 @@
 """A folder and a bucket behave alike."""
 
-import secrets
-from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import obstore
 import pytest
-from moto.server import ThreadedMotoServer
 from obstore.exceptions import AlreadyExistsError
+from tests.buckets import Bucket
 
 from rempart_platform.object_store import ObjectStoreUrlError, open_object_store
 
 
 @pytest.fixture(params=["folder", "bucket"])
-def url_and_environ(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def url_and_environ(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict[str, str]]:
     if request.param == "folder":
-        yield f"file://{tmp_path}/new", {}
-        return
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    access = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "fr-par"}
-    s3 = boto3.client(
-        "s3",
-        endpoint_url=f"http://{host}:{port}",
-        region_name="fr-par",
-        aws_access_key_id="id",
-        aws_secret_access_key="secret",
-    )
-    bucket = f"objects-{secrets.token_hex(4)}"  # the servers of one process share their buckets
-    s3.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": "fr-par"})
-    yield f"s3://{bucket}/a/prefix", {**access, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
-    server.stop()
+        return f"file://{tmp_path}/new", {}
+    bucket: Bucket = request.getfixturevalue("bucket")
+    return f"{bucket.url}/a/prefix", bucket.environ
 
 
 async def test_what_is_put_is_listed_and_got_and_is_not_overwritten(
