@@ -338,7 +338,9 @@ async def test_a_full_engine_refuses_with_the_limit_by_name(tmp_path: Path) -> N
     with EngineUnderTest(FakeModel(step_s=0.01), tmp_path, *flags) as small:
         async with grpc.aio.insecure_channel(small.address) as channel:
             session = SessionClient(engine_pb2_grpc.EngineStub(channel))
-            for number in range(4):
+            await session.start("r0", [1], max_tokens=20)
+            await session.until_first_token("r0")  # from here it runs, and no longer waits
+            for number in range(1, 4):
                 await session.start(f"r{number}", [1], max_tokens=20)
             await session.until_ended("r3")
             error = session.last["r3", 0].error
