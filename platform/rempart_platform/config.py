@@ -25,6 +25,7 @@ from rempart_platform.apis.grpc_limits import GrpcLimits
 from rempart_platform.apis.http_limits import HttpLimits
 from rempart_platform.audit.values import AuditConfig
 from rempart_platform.batch.config import BatchConfig
+from rempart_platform.bounds import OutOfBoundsError, require_positive
 from rempart_platform.chat.format import CHAT_FORMATS
 from rempart_platform.cluster.leadership import LeaseConfig, parse_lease_name
 from rempart_platform.endpoints.discovery import DiscoveryConfig
@@ -40,6 +41,7 @@ from rempart_platform.tenancy.quota import QuotaConfig
 from rempart_platform.tenancy.redis_url import parse_redis_url
 
 _MIN_SECRET_CHARS = 16
+_PORTS = ("http_port", "grpc_port", "metrics_port")
 _T = TypeVar("_T")
 
 
@@ -122,11 +124,10 @@ class RouterConfig:
             if names.count(name) > 1:
                 raise ConfigError(f"--model {name} is given twice")
         _check_aliases(self.aliases, names)
-        for port in ("http_port", "grpc_port", "metrics_port"):
+        for port in _PORTS:
             if not 0 <= getattr(self, port) <= 0xFFFF:
-                raise ConfigError(f"--{port.replace('_', '-')} must be between 0 and 65535")
-        if self.max_attempts < 1:
-            raise ConfigError("--max-attempts must be at least 1")
+                raise OutOfBoundsError(port, "between 0 and 65535")
+        require_positive(self, or_zero=(*_PORTS, "drain_delay_s", "drain_timeout_s", "max_tenant_labels"))
 
     @staticmethod
     def from_args(args: Sequence[str]) -> "RouterConfig":
@@ -283,7 +284,10 @@ def _build(of: type[_T], given: Mapping[str, object], prefix: str = "") -> _T:
             values[spec.name] = _build(hints[spec.name], given, f"{name}_")
         elif name in given:
             values[spec.name] = given[name]
-    return of(**values)
+    try:
+        return of(**values)
+    except OutOfBoundsError as error:
+        raise ConfigError(f"--{(prefix + error.name).replace('_', '-')} must be {error.bound}") from None
 
 
 def _default(spec: Field[Any]) -> object:

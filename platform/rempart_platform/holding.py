@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
+from rempart_platform.bounds import require_positive
 from rempart_platform.endpoints.pool import no_endpoint
 from rempart_platform.errors import ErrorKind, QuotaViolation, RempartError
 
@@ -33,8 +34,7 @@ class HoldConfig:
     """Requests of one tenant that may wait so, for all models together."""
 
     def __post_init__(self) -> None:
-        if min(self.max_per_model, self.max_per_tenant) < 1:
-            raise ValueError("max_per_model and max_per_tenant must be at least 1")
+        require_positive(self, or_zero=("without_engine_s",))
 
 
 class HoldingRoom:

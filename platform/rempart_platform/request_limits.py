@@ -2,7 +2,21 @@
 
 from dataclasses import dataclass
 
+from rempart_platform.bounds import require_positive
 from rempart_platform.errors import ErrorKind, RempartError
+
+_MAY_BE_ZERO = (
+    "max_tools",
+    "max_tool_chars",
+    "max_schema_chars",
+    "max_logprobs",
+    "max_stop_strings",
+    "max_stop_token_ids",
+    "max_logit_bias",
+    "max_allowed_token_ids",
+    "max_label_chars",
+)
+"""Where 0 refuses every use, which an operator may want."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +48,9 @@ class RequestLimits:
     """Most output tokens of a request that names no number itself."""
     max_request_s: float = 3600.0
     """Longest deadline of a request; a caller's longer one is cut to it."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, or_zero=_MAY_BE_ZERO)
 
 
 def require_at_most(value: int, limits: RequestLimits, limit: str, param: str, *, unit: str) -> None:

@@ -11,8 +11,12 @@ from rempart_platform.cluster.leadership import LeaseConfig, OwnLeadership, pars
 from rempart_platform.cluster.lease_leadership import LeaseLeadership
 from rempart_platform.cluster.testing import FakeKubernetes
 
-# Tries are quick; what lasts seconds is measured by the tests' own clock.
-CONFIG = LeaseConfig(lease_s=15.0, renew_s=10.0, retry_s=0.02)
+# What lasts seconds is measured by the tests' own clock, but for the 2 s that a request may take.
+CONFIG = LeaseConfig(lease_s=15.0, renew_s=10.0, retry_s=2.0)
+
+
+async def short_pause(_: float) -> None:
+    await asyncio.sleep(0.02)
 
 
 @dataclass
@@ -34,11 +38,15 @@ class Rig:
         self.api = api
         self.now_s = 1000.0
         self._stack = stack
+        self._ports: set[int] = set()
 
     async def candidate(self, identity: str) -> Candidate:
         port = await self.api.listen()
+        self._ports.add(port)
         client = await self._stack.enter_async_context(self.api.client(port))
-        leadership = LeaseLeadership(client, ("llm", "router"), identity, CONFIG, clock=lambda: self.now_s)
+        leadership = LeaseLeadership(
+            client, ("llm", "router"), identity, CONFIG, clock=lambda: self.now_s, pause=short_pause
+        )
         candidate = Candidate(leadership, asyncio.create_task(leadership.run()), port)
         self._stack.push_async_callback(candidate.stop)
         return candidate
@@ -48,14 +56,17 @@ class Rig:
         return holder
 
     async def wait_for_leader(self, candidate: Candidate) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not candidate.leadership.is_leader():
-                await self.api.wait_for_request()
+                await self.api.wait_for_requests(1, candidate.port)
 
     async def let_all_try(self) -> None:
-        """Returns when the API was asked often enough for every candidate to have tried."""
-        for _ in range(6):
-            await self.api.wait_for_request()
+        """Returns when every candidate that is not cut off has tried.
+
+        A try is up to two requests. Of the first of these four the answer may still be on its way, or it may be the
+        second one of a try that had begun before.
+        """
+        await self.api.wait_for_requests(4, *(self._ports - self.api.faults.hangs))
 
 
 @pytest.fixture
@@ -164,7 +175,14 @@ def test_a_lease_is_named_by_namespace_and_name() -> None:
             parse_lease_name(text)
 
 
-@pytest.mark.parametrize("times", [(15, 15, 2), (15, 10, 10), (15, 10, 0)])
-def test_times_that_would_allow_two_leaders_are_refused(times: tuple[float, float, float]) -> None:
-    with pytest.raises(ValueError, match="renew_s below lease_s"):
+@pytest.mark.parametrize(
+    ("times", "named"),
+    [
+        ((15, 15, 2), "renew_s must be below lease_s"),
+        ((15, 10, 10), "retry_s must be below renew_s"),
+        ((15, 10, 0), "retry_s must be at least 1"),
+    ],
+)
+def test_times_that_would_allow_two_leaders_are_refused(times: tuple[float, float, float], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
         LeaseConfig(*times)

@@ -491,7 +491,7 @@ WRONG = [
     ({"algorithms": "HS256"}, "--oidc-algorithms"),
     ({"algorithms": ""}, "--oidc-algorithms"),
     ({"tenant_claim": ""}, "--oidc-tenant-claim"),
-    ({"min_refresh_s": 0.0}, "--oidc-min-refresh-s"),
+    ({"min_refresh_s": 0.0}, "min_refresh_s must be above 0"),
     ({"max_key_age_s": 599.0}, "--oidc-max-key-age-s"),
 ]
 

@@ -1,8 +1,17 @@
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 
+from rempart_platform.apis.http_limits import HttpLimits
+from rempart_platform.batch.config import BatchConfig
+from rempart_platform.bounds import OutOfBoundsError
 from rempart_platform.config import ConfigError, ModelSource, RouterConfig, RouterSecrets
+from rempart_platform.tenancy.queue_values import QueueConfig
+from rempart_platform.tenancy.quota import QuotaConfig
 
 ARGS = ("--model", "a=/models/a", "--engines", "127.0.0.1:1")
 ENVIRON = {
@@ -11,6 +20,15 @@ ENVIRON = {
     "REMPART_CACHE_SECRET": "and another sixteen",
     "REMPART_REDIS_URL": "redis://user:word@host:6379/0",
 }
+
+
+def _numeric_flags(of: Any = RouterConfig, prefix: str = "--") -> Iterator[str]:
+    """Of every number, at any depth."""
+    for name, kind in get_type_hints(of).items():
+        if is_dataclass(kind):
+            yield from _numeric_flags(kind, f"{prefix}{name.replace('_', '-')}-")
+        elif kind in (int, float, int | None):
+            yield prefix + name.replace("_", "-")
 
 
 def test_what_is_not_given_keeps_its_default() -> None:
@@ -62,8 +80,9 @@ def test_a_models_chat_format_can_be_chosen() -> None:
         ((*ARGS, "--chat-format", "a=latin"), "'a=latin' is not NAME=FORMAT with a format of chatml"),
         ((*ARGS, "--chat-format", "chatml"), "'chatml' is not NAME=FORMAT"),
         ((*ARGS, "--chat-format", "b=chatml"), "--chat-format names b"),
-        ((*ARGS, "--pick-failures-to-leave-out", "0"), "failures_to_leave_out"),
-        ((*ARGS, "--quota-cached-token-weight", "2"), "cached_token_weight"),
+        ((*ARGS, "--pick-failures-to-leave-out", "0"), "--pick-failures-to-leave-out must be at least 1"),
+        ((*ARGS, "--quota-cached-token-weight", "2"), "--quota-cached-token-weight must be between 0 and 1"),
+        ((*ARGS, "--audit-max-segment-records", "100001"), "--audit-max-segment-records must be at most 100000"),
     ],
 )
 def test_a_bad_flag_is_refused_by_name(args: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,6 +90,40 @@ def test_a_bad_flag_is_refused_by_name(args: tuple[str, ...], named: str, capsys
         RouterConfig.from_args(args)
     assert caught.value.code == 2
     assert named in capsys.readouterr().err
+
+
+ZERO_MAKES_SENSE = {
+    *("--http-port", "--grpc-port", "--metrics-port", "--drain-delay-s", "--drain-timeout-s", "--max-tenant-labels"),
+    *("--limits-max-tools", "--limits-max-tool-chars", "--limits-max-schema-chars", "--limits-max-logprobs"),
+    *("--limits-max-stop-strings", "--limits-max-stop-token-ids", "--limits-max-logit-bias"),
+    *("--limits-max-allowed-token-ids", "--limits-max-label-chars"),
+    *("--http-idle-timeout-s", "--http-min-body-bytes-per-s", "--http-body-grace-s", "--http-discard-timeout-s"),
+    *("--pick-max-prefixes", "--pick-max-counted-output-tokens", "--pick-left-out-s"),
+    *("--discovery-kubernetes-silence-s", "--hold-without-engine-s"),
+    *("--quota-cached-token-weight", "--quota-recount-s", "--quota-max-recounted", "--quota-drain-s"),
+    *("--queue-output-weight", "--queue-ageing-s", "--queue-block-s", "--queue-drain-s", "--queue-capacity-reserve"),
+    *("--batch-drain-s", "--batch-keep-parts-s", "--batch-record-lifetime-s", "--batch-limits-file-lifetime-s"),
+    *("--audit-close-timeout-s", "--oidc-leeway-s", "--oidc-memory-s"),
+}
+
+
+@pytest.mark.parametrize("flag", [*_numeric_flags()])
+def test_nothing_is_0_that_makes_no_sense(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if flag in ZERO_MAKES_SENSE or flag.startswith("--quota-default-limits-"):  # 0 is unlimited there
+        RouterConfig.from_args((*ARGS, flag, "0"))
+        return
+    with pytest.raises(SystemExit):
+        RouterConfig.from_args((*ARGS, flag, "0"))
+    assert re.search(rf"{flag} must be (at least 1|above 0)", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(BatchConfig, "drain_s"), (QuotaConfig, "recount_s"), (QueueConfig, "block_s"), (HttpLimits, "body_grace_s")],
+)
+def test_nothing_is_below_0_even_where_0_makes_sense(make: Callable[..., object], name: str) -> None:
+    with pytest.raises(OutOfBoundsError, match=f"^{name} must be at least 0$"):
+        make(**{name: -1.0})
 
 
 @pytest.mark.parametrize("name", ENVIRON)

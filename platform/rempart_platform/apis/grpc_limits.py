@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from rempart_platform.bounds import require_positive
+
 
 @dataclass(frozen=True, slots=True)
 class GrpcLimits:
@@ -20,6 +22,9 @@ class GrpcLimits:
     """A client that pings more often without data is cut."""
     write_timeout_s: float = 30.0
     """How long a client may leave its flow-control window full."""
+
+    def __post_init__(self) -> None:
+        require_positive(self)
 
     def server_options(self) -> list[tuple[str, int]]:
         """For `grpc.aio.server(options=...)`."""

@@ -19,6 +19,7 @@ from uvicorn.server import ServerState
 
 from rempart_platform.apis.openai_errors import error_body
 from rempart_platform.apis.pace import Pace
+from rempart_platform.bounds import require_positive
 from rempart_platform.errors import ErrorKind, RempartError
 
 
@@ -55,6 +56,9 @@ class HttpLimits:
     """Of the socket. What a slow reader does not take piles up here and in as much again of ours, no further."""
     keepalive_s: float = 15.0
     """A stream with nothing to say sends a comment this often."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, or_zero=("idle_timeout_s", "min_body_bytes_per_s", "body_grace_s", "discard_timeout_s"))
 
     @property
     def body_pace(self) -> Pace:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
+from rempart_platform.bounds import require, require_positive
+
 _MOST_SEGMENT_RECORDS = 100_000
 """A segment of so many stays far below what `SegmentStore` reads."""
 
@@ -14,7 +16,8 @@ class AuditConfig:
     """How a router keeps its audit log.
 
     Raises:
-        ValueError: a number is too small, with the name of its flag.
+        OutOfBoundsError: a number makes no sense.
+        ValueError: a key goes with nothing that it could sign.
     """
 
     store: str = ""
@@ -45,16 +48,11 @@ class AuditConfig:
     """How long a router that stops tries to seal what is left."""
 
     def __post_init__(self) -> None:
-        for name in ("max_segment_records", "max_buffered", "max_refused_acts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--audit-{name.replace('_', '-')} must be at least 1")
-        if self.max_segment_records > _MOST_SEGMENT_RECORDS:
-            raise ValueError(f"--audit-max-segment-records must be at most {_MOST_SEGMENT_RECORDS}")
+        require_positive(self, or_zero=("close_timeout_s",))
+        most = _MOST_SEGMENT_RECORDS
+        require(self.max_segment_records <= most, "max_segment_records", f"at most {most}")
         if self.signing_key and not self.store:
             raise ValueError("--audit-signing-key goes with --audit-store")
-        for name in ("seal_s", "act_timeout_s", "put_timeout_s", "backoff_s", "max_backoff_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--audit-{name.replace('_', '-')} must be above 0")
 
     @property
     def room_for_refused(self) -> int:

@@ -3,20 +3,7 @@
 from dataclasses import dataclass
 
 from rempart_platform.batch.values import BatchLimits
-
-_PERIODS = ("lease_s", "poll_s", "janitor_s", "upload_timeout_s")
-_COUNTS = (
-    "lines_per_shard",
-    "max_shard_bytes",
-    "max_lines_in_flight",
-    "max_lines_in_flight_per_tenant",
-    "max_shards",
-    "max_shards_per_tenant",
-    "max_kept_answer_bytes",
-    "max_deliveries",
-    "max_line_attempts",
-    "max_engine_losses",
-)
+from rempart_platform.bounds import require_positive
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +50,4 @@ class BatchConfig:
     limits: BatchLimits = BatchLimits()
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"--batch-{name.replace('_', '-')} must be at least 1")
-        for name in _PERIODS:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--batch-{name.replace('_', '-')} must be above 0")
+        require_positive(self, or_zero=("drain_s", "keep_parts_s", "record_lifetime_s"))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Protocol
 
+from rempart_platform.bounds import require_positive
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Caller
 
@@ -121,6 +122,9 @@ class BatchLimits:
     max_custom_id_chars: int = 512
     max_input_errors: int = 100
     """That a refused batch names; checking ends there."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, or_zero=("file_lifetime_s",))
 
 
 def file_too_large(limits: BatchLimits) -> RempartError:

@@ -7,6 +7,8 @@ Nothing on the way of a request may depend on it.
 from dataclasses import dataclass
 from typing import Protocol
 
+from rempart_platform.bounds import require, require_positive
+
 
 @dataclass(frozen=True, slots=True)
 class LeaseConfig:
@@ -20,8 +22,9 @@ class LeaseConfig:
     """How often it is renewed, or tried for."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.retry_s < self.renew_s < self.lease_s:
-            raise ValueError("retry_s must be above 0 and below renew_s, and renew_s below lease_s")
+        require_positive(self)
+        require(self.retry_s < self.renew_s, "retry_s", "below renew_s")
+        require(self.renew_s < self.lease_s, "renew_s", "below lease_s")
 
 
 class Leadership(Protocol):

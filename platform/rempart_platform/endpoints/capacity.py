@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from rempart_platform.bounds import require, require_positive
 from rempart_platform.endpoints.load import EndpointModel, EndpointState
 from rempart_platform.endpoints.pick import can_take
 
@@ -37,12 +38,8 @@ class CapacityRules:
     of one that floods ends. 1 row of 4, 4 of 64, 8 of 256, as chance meetings grow with the root; 0 keeps nothing."""
 
     def __post_init__(self) -> None:
-        if self.rows_per_endpoint < 1 or self.rows_ahead < 1:
-            raise ValueError("rows_per_endpoint and rows_ahead must be at least 1")
-        if not self.token_overcommit > 0:
-            raise ValueError("token_overcommit must be above 0")
-        if not 0 <= self.reserve <= 1:
-            raise ValueError("reserve must be between 0 and 1")
+        require_positive(self, or_zero=("reserve",))
+        require(self.reserve <= 1, "reserve", "between 0 and 1")
 
 
 def capacity_of(states: Iterable[EndpointState], model: str, rules: CapacityRules) -> Capacity:

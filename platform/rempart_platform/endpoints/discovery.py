@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from rempart_platform.bounds import require_positive
+
 
 @dataclass(frozen=True, slots=True)
 class DnsConfig:
@@ -10,6 +12,9 @@ class DnsConfig:
 
     period_s: float = 5.0
     """Between two look-ups."""
+
+    def __post_init__(self) -> None:
+        require_positive(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,9 @@ class KubernetesConfig:
     """For a list, and for a watch to begin."""
     backoff_initial_s: float = 0.1
     backoff_max_s: float = 4.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, or_zero=("silence_s",))
 
 
 @dataclass(frozen=True, slots=True)

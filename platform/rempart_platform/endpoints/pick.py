@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
+from rempart_platform.bounds import require_positive
 from rempart_platform.endpoints.load import EndpointState
 
 
@@ -27,8 +28,7 @@ class PickConfig:
     """For how long, before one request probes it."""
 
     def __post_init__(self) -> None:
-        if self.failures_to_leave_out < 1:
-            raise ValueError("failures_to_leave_out must be at least 1")
+        require_positive(self, or_zero=("max_prefixes", "max_counted_output_tokens", "left_out_s"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from rempart_platform.bounds import require_positive
 from rempart_platform.endpoints.backoff import jittered_backoff_s
 from rempart_platform.endpoints.connection import EngineConnection, engine_lost
 from rempart_platform.endpoints.load import EndpointLoad, EndpointModel, EndpointState
@@ -51,8 +52,7 @@ class SessionConfig:
     """Engines that a router connects to at a time; more wait for their turn."""
 
     def __post_init__(self) -> None:
-        if min(self.max_connecting, self.streams_per_pass) < 1:
-            raise ValueError("max_connecting and streams_per_pass must be at least 1")
+        require_positive(self)
 
 
 def backoff_s(attempt: int, config: SessionConfig, rng: random.Random) -> float:

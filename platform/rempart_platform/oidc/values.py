@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from rempart_platform.bounds import require_positive
+
 SAFE_ALGORITHMS = frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"})
 """Those with a private and a public key: what checks a token cannot make one."""
 
@@ -42,6 +44,7 @@ class OidcConfig:
     """How long it is remembered that a token is valid, never beyond its end, and that a tenant exists."""
 
     def __post_init__(self) -> None:
+        require_positive(self, or_zero=("leeway_s", "memory_s"))
         if not self.issuer:
             return
         for name in ("issuer", "jwks_url"):
@@ -54,9 +57,6 @@ class OidcConfig:
         unsafe = sorted(set(self.allowed) - SAFE_ALGORITHMS)
         if unsafe or not self.allowed:
             raise ValueError(f"--oidc-algorithms must be of {', '.join(sorted(SAFE_ALGORITHMS))}, not {unsafe}")
-        for name in ("refresh_s", "min_refresh_s", "fetch_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{_flag(name)} must be above 0")
         if self.max_key_age_s < self.refresh_s:
             raise ValueError("--oidc-max-key-age-s must not be below --oidc-refresh-s, or tokens are refused between")
 

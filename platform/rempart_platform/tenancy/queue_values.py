@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from rempart_platform.bounds import require, require_positive
 from rempart_platform.endpoints.capacity import CapacityRules
 from rempart_platform.errors import ErrorKind, QuotaViolation, RempartError
 from rempart_platform.generation import ServiceTier, Usage
@@ -27,7 +28,7 @@ class QueueConfig:
     output_weight: float = 2.0
     """What an output token is charged; a prompt token that is not cached is charged 1, a cached one nothing."""
     ageing_s: float = 30.0
-    """A request that waits as long counts as the class above."""
+    """A request that waits as long counts as the class above; 0 lets classes make no difference."""
     lease_s: float = 8.0
     """How long a crashed router's requests stay. Renewed every `poll_s`."""
     poll_s: float = 1.0
@@ -41,10 +42,9 @@ class QueueConfig:
     capacity: CapacityRules = CapacityRules()
 
     def __post_init__(self) -> None:
-        if min(self.max_waiting, self.max_waiting_per_tenant) < 1:
-            raise ValueError("max_waiting and max_waiting_per_tenant must be at least 1")
-        if not 0 < 2 * self.poll_s < min(self.lease_s, self.capacity_s):
-            raise ValueError("poll_s must be above 0 and less than half of lease_s and of capacity_s")
+        require_positive(self, or_zero=("output_weight", "ageing_s", "block_s", "drain_s"))
+        often = 2 * self.poll_s < min(self.lease_s, self.capacity_s)
+        require(often, "poll_s", "less than half of lease_s and of capacity_s")
 
     def charge(self, usage: Usage) -> float:
         """What a request's flow is charged."""

@@ -22,6 +22,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from rempart_platform.bounds import require, require_positive
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Usage
 from rempart_platform.tenancy.closing import Ending, EndingQueue
@@ -70,10 +71,9 @@ class QuotaConfig:
     """For how long endings that wait hold up a router that stops."""
 
     def __post_init__(self) -> None:
-        if not self.ending_max_age_s < self.ending_memory_s:
-            raise ValueError("ending_max_age_s must be less than ending_memory_s")
-        if not 0.0 <= self.cached_token_weight <= 1.0:
-            raise ValueError("cached_token_weight must be between 0 and 1")
+        require_positive(self, or_zero=("cached_token_weight", "recount_s", "max_recounted", "drain_s"))
+        require(self.ending_max_age_s < self.ending_memory_s, "ending_max_age_s", "less than ending_memory_s")
+        require(self.cached_token_weight <= 1, "cached_token_weight", "between 0 and 1")
 
 
 class LedgerObserver(Protocol):
