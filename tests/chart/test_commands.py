@@ -70,14 +70,18 @@ def test_a_router_finds_the_tokenizer_where_it_was_fetched_to(renderings: Render
 
 
 @pytest.mark.parametrize(
-    ("container", "files"), [("fetch", {"config.json", "model.safetensors"}), ("tokenizer", {"config.json"})]
+    ("container", "files"),
+    [
+        ("fetch", {"config.json", "model.safetensors", "original/consolidated.00.pth", "model-q4.gguf"}),
+        ("tokenizer", {"config.json"}),
+    ],
 )
 def test_fetching_brings_what_the_container_needs(
     container: str, files: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "source"
-    source.mkdir()
-    for name in ("config.json", "model.safetensors"):
+    (source / "original").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "original/consolidated.00.pth", "model-q4.gguf"):
         (source / name).write_text(name)
     write_manifest(source, source / "manifest.json")
     case = Case((SCALEWAY, next(path for path in MODELS if path.stem == "llama-8b-l4")))
@@ -86,7 +90,8 @@ def test_fetching_brings_what_the_container_needs(
     assert (module, url) == ("rempart_engine.fetch", "s3://models/llama-3.1-8b")
     to = tmp_path / folder.lstrip("/")
     assert fetch.main([f"file://{source}", str(to), *flags]) == 0
-    assert {path.name for path in to.iterdir()} == files | {"manifest.json"}
+    found = {path.relative_to(to).as_posix() for path in to.rglob("*") if path.is_file()}
+    assert found == files | {"manifest.json"}
 
 
 def test_the_tenants_file_is_one(tmp_path: Path) -> None:
