@@ -104,7 +104,7 @@ async def test_a_connection_that_swallows_every_packet_is_given_up(api: FakeKube
         await api.wait_for(lambda api: api.num_watching == 1)
         await api.swallow_packets()
         await api.put_slice("engines-a", "engines", endpoint("10.0.0.3"))
-        await told.wait_for_set(at("10.0.0.3"), timeout_s=8)
+        await told.wait_for_set(at("10.0.0.3"), timeout_s=20)
         assert told.failures in (["timeout"], ["connection"])
 
 
@@ -122,7 +122,7 @@ async def test_watches_that_end_at_once_are_neither_trusted_nor_hammered(api: Fa
     api.faults.cuts = way  # type: ignore[assignment]  # one of its values
     config = KubernetesConfig(backoff_initial_s=0.1, backoff_max_s=0.2, relist_s=0.5)
     async with following(api, config) as told:
-        await api.wait_for(lambda api: api.num_watches == 5)
+        await api.wait_for(lambda api: api.num_watches >= 5)
         await api.put_slice("engines-a", "engines", endpoint("10.0.0.3"))
         await told.wait_for_set(at("10.0.0.3"))
         await api.wait_for(lambda api: api.num_lists >= 4)
@@ -169,7 +169,7 @@ async def test_a_refusal_is_said_once_and_clearly_and_tried_again(
     api.faults.forbids = True
     with caplog.at_level(logging.WARNING):
         async with following(api) as told:
-            await told.wait_for(lambda told: len(told.failures) == 3)
+            await told.wait_for(lambda told: len(told.failures) >= 3)
             assert (set(told.failures), told.sets) == ({"403"}, [])
             (record,) = (record for record in caplog.records if "service account needs get, list" in record.message)
             assert record.levelno == logging.ERROR
@@ -199,7 +199,7 @@ async def test_a_source_has_synced_once_every_service_was_read_and_stays_so(api:
 async def test_an_api_that_is_away_at_the_start_and_later_loses_no_endpoint(api: FakeKubernetes) -> None:
     await api.stop()
     async with following(api) as told:
-        await told.wait_for(lambda told: told.failures == ["connection"])
+        await told.wait_for(lambda told: told.failures[:1] == ["connection"])
         assert told.sets == []
         await api.start()
         await told.wait_for_set(at("10.0.0.1", "10.0.0.2"))

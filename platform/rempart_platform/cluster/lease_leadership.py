@@ -13,7 +13,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from http import HTTPStatus
 
@@ -35,6 +35,7 @@ class LeaseLeadership:
         identity: of this candidate; no other has the same.
         config: times.
         clock: monotonic seconds.
+        pause: between two tries, for that many seconds.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class LeaseLeadership:
         identity: str,
         config: LeaseConfig,
         clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._api = CoordinationV1Api(client)
         self._namespace, self._name = name
         self._identity = identity
         self._config = config
         self._clock = clock
+        self._pause = pause
         self._leads_until_s = -1.0
         self._seen = ("", "")  # holder and resourceVersion of the lease as it was last seen
         self._seen_s = clock()
@@ -66,7 +69,7 @@ class LeaseLeadership:
             while True:
                 await self._try_once()
                 self._log_change()
-                await asyncio.sleep(self._config.retry_s)
+                await self._pause(self._config.retry_s)
         finally:
             await self._give_up()
 

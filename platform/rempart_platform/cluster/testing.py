@@ -11,6 +11,7 @@ import socket
 import struct
 import sys
 import termios
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ class FakeKubernetes:
         self._slices: dict[str, Manifest] = {}
         self._events: list[tuple[int, Manifest]] = []
         self._version = 100
-        self._num_requests = 0
+        self._num_requests: Counter[int] = Counter()  # by port
         self._watching: set[asyncio.Transport] = set()  # a connection each
         self._swallowed: set[asyncio.Transport] = set()
         self._changed = asyncio.Condition()
@@ -135,21 +136,22 @@ class FakeKubernetes:
         if not self.faults.loses_deletes:
             await self._tell("DELETED", manifest)
 
-    async def wait_for(self, predicate: Callable[["FakeKubernetes"], bool], timeout_s: float = 10.0) -> None:
+    async def wait_for(self, predicate: Callable[["FakeKubernetes"], bool], timeout_s: float = 30.0) -> None:
         """Waits until something holds. Raises TimeoutError."""
         async with asyncio.timeout(timeout_s), self._changed:
             await self._changed.wait_for(lambda: predicate(self))
 
-    async def wait_for_request(self) -> None:
-        """Waits until anything is asked that is not left hanging."""
-        num_requests = self._num_requests
-        await self.wait_for(lambda api: api._num_requests > num_requests)
+    async def wait_for_requests(self, count: int, *ports: int) -> None:
+        """Waits until so much more was asked on each of these ports; what is left hanging does not count."""
+        wanted = {port: self._num_requests[port] + count for port in ports}
+        await self.wait_for(lambda api: all(api._num_requests[port] >= wanted[port] for port in ports))
 
     async def cut(self) -> None:
         """Breaks the connections of all watches."""
-        for connection in tuple(self._watching):
+        connections = frozenset(self._watching)
+        for connection in connections:
             connection.abort()
-        await self.wait_for(lambda api: api.num_watching == 0)
+        await self.wait_for(lambda api: not connections & api._watching)
 
     async def swallow_packets(self) -> None:
         """From now on nothing that the clients of the open watches send arrives, and nothing is sent to them.
@@ -174,9 +176,10 @@ class FakeKubernetes:
             self._changed.notify_all()
 
     async def _refuse(self, request: web.Request) -> web.Response | None:
-        if _connection_of(request).get_extra_info("sockname")[1] in self.faults.hangs:
+        port = _connection_of(request).get_extra_info("sockname")[1]
+        if port in self.faults.hangs:
             await asyncio.Event().wait()
-        self._num_requests += 1
+        self._num_requests[port] += 1
         await self._notify()
         if self.faults.forbids:
             return _status(403, "endpointslices is forbidden: User cannot list resource")
@@ -302,7 +305,7 @@ class Told:
         self.failures.append(reason)
         self._changed.set()
 
-    async def wait_for(self, predicate: Callable[["Told"], bool], timeout_s: float = 5.0) -> None:
+    async def wait_for(self, predicate: Callable[["Told"], bool], timeout_s: float = 30.0) -> None:
         """Raises TimeoutError."""
         async with asyncio.timeout(timeout_s):
             while not predicate(self):
@@ -310,7 +313,7 @@ class Told:
                 await self._changed.wait()
 
     async def wait_for_set(
-        self, serving: Sequence[str], terminating: Sequence[str] = (), timeout_s: float = 5.0
+        self, serving: Sequence[str], terminating: Sequence[str] = (), timeout_s: float = 30.0
     ) -> None:
         """Waits until the last set is this one."""
         wanted = EndpointSet(frozenset(serving), frozenset(terminating))
