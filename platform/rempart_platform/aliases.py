@@ -39,6 +39,11 @@ class Alias:
         return share.model
 
 
+def means_models(alias: str) -> str:
+    """Why an alias can have neither limits nor prices: a request counts for, and costs, what its model does."""
+    return f"{alias!r} is an alias; limits and prices are of the models that it stands for"
+
+
 def parse_alias(text: str) -> Alias:
     """Reads NAME=MODEL or NAME=MODEL:WEIGHT,MODEL:WEIGHT.
 

@@ -6,7 +6,7 @@ signal ─► not ready ─► (drain_delay_s) ─► no new requests ─► run
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -112,7 +112,7 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
             batches=batch.batches if batch is not None else None,
             batch_limits=config.batch.limits,
         )
-        admin = _build_admin(redis, keys, gates, audit)
+        admin = _build_admin(redis, keys, gates, audit, _alias_names(config))
         inference = InferenceServicer(services, config.grpc)
         batches = BatchesServicer(services, config.grpc)
         metrics_url = await stack.enter_async_context(metrics_server(registry, config))
@@ -133,7 +133,11 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
 def _read_seed(config: RouterConfig) -> Seed | None:
     if not config.tenants_file:
         return None
-    return read_seed(Path(config.tenants_file), aliases=[alias.name for alias in config.aliases])
+    return read_seed(Path(config.tenants_file), aliases=_alias_names(config))
+
+
+def _alias_names(config: RouterConfig) -> list[str]:
+    return [alias.name for alias in config.aliases]
 
 
 async def _sow(seed: Coroutine[None, None, None], stop: asyncio.Event) -> None:
@@ -201,7 +205,9 @@ async def _open_queue(
             yield queue
 
 
-def _build_admin(redis: RedisClient, keys: ApiKeyStore, gates: Gates, audit: AuditLog | None) -> AdminServicer:
+def _build_admin(
+    redis: RedisClient, keys: ApiKeyStore, gates: Gates, audit: AuditLog | None, aliases: Collection[str]
+) -> AdminServicer:
     tenants = TenantRegistry(redis)
     return AdminServicer(
         gates.admins,
@@ -210,6 +216,7 @@ def _build_admin(redis: RedisClient, keys: ApiKeyStore, gates: Gates, audit: Aud
         UsageReader(redis, tenants),
         PlanRegistry(redis),
         PriceRegistry(redis),
+        aliases,
         audit,
     )
 

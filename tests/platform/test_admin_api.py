@@ -51,6 +51,7 @@ async def service() -> AsyncIterator[Service]:
             UsageReader(redis, tenants),
             PlanRegistry(redis),
             PriceRegistry(redis),
+            aliases=["chat"],
         )
         grpc_server = grpc.aio.server()
         admin_pb2_grpc.add_AdminServicer_to_server(servicer, grpc_server)
@@ -174,6 +175,30 @@ async def test_plans_prices_and_limits_of_models_and_keys(service: Service) -> N
     unset = pb.SetTenantLimitsRequest(tenant="acme", unset=["patience"])
     code, details = await _refused(admin.SetTenantLimits(unset, metadata=CREDENTIALS))
     assert details["BadRequest"].field_violations[0].field == "unset"
+
+
+async def test_an_alias_has_neither_limits_nor_prices(service: Service) -> None:
+    admin = service.admin
+    await admin.CreateTenant(pb.CreateTenantRequest(name="acme"), metadata=CREDENTIALS)
+    limits = pb.TenantLimits(tokens_per_day=5)
+    for call, field in (
+        (admin.SetPrice(pb.SetPriceRequest(price=pb.ModelPrice(model="chat")), metadata=CREDENTIALS), "price.model"),
+        (
+            admin.SetTenantLimits(
+                pb.SetTenantLimitsRequest(tenant="acme", model="chat", limits=limits), metadata=CREDENTIALS
+            ),
+            "model",
+        ),
+        (admin.SetPlan(pb.SetPlanRequest(name="gold", model="chat", limits=limits), metadata=CREDENTIALS), "model"),
+    ):
+        code, details = await _refused(call)
+        (violation,) = details["BadRequest"].field_violations
+        assert (code, violation.field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
+        assert violation.description == "'chat' is an alias; limits and prices are of the models that it stands for."
+    assert not (await admin.ListPrices(pb.ListPricesRequest(), metadata=CREDENTIALS)).prices
+    assert not (await admin.ListPlans(pb.ListPlansRequest(), metadata=CREDENTIALS)).plans
+    unset = pb.SetTenantLimitsRequest(tenant="acme", model="chat", unset=["tokens_per_day"])
+    await admin.SetTenantLimits(unset, metadata=CREDENTIALS)  # left from when it was a model
 
 
 async def test_tenants_and_plans_have_a_standing(service: Service) -> None:

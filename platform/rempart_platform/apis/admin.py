@@ -2,13 +2,14 @@
 """`rempart.v1.Admin`: what operators call. Thin: who asks, one act of tenancy, one answer, one line of log."""
 
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.message import Message
 
+from rempart_platform.aliases import means_models
 from rempart_platform.apis.grpc_errors import error_status
 from rempart_platform.apis.grpc_render import tier_message
 from rempart_platform.apis.services import AdminAuthenticator, bearer_token
@@ -44,6 +45,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         plans: PlanRegistry,
         prices: PriceRegistry,
         audit: AuditLog | None = None,
+        aliases: Collection[str] = (),
     ) -> None:
         self._authenticator = authenticator
         self._tenants = tenants
@@ -52,6 +54,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         self._plans = plans
         self._prices = prices
         self._audit = audit
+        self._aliases = frozenset(aliases)
 
     async def CreateTenant(self, request: admin_pb2.CreateTenantRequest, context: _Context) -> admin_pb2.Tenant:
         async with self._act(context, request, "create_tenant", tenant=request.name):
@@ -70,6 +73,8 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     async def SetTenantLimits(self, request: admin_pb2.SetTenantLimitsRequest, context: _Context) -> admin_pb2.Tenant:
         async with self._act(context, request, "set_tenant_limits", tenant=request.tenant):
             change = LimitChange(_limits(request.limits), tuple(request.unset), request.model)
+            if change.written():  # what an alias has from the time when it was a model can be unset
+                self._require_no_alias(request.model, "model")
             return _tenant_message(await self._tenants.change(request.tenant, change))
 
     async def SetTenantStanding(
@@ -143,6 +148,8 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             of_limits = tuple(name for name in request.unset if name not in STANDING)
             standing = StandingChange(_standing(request.standing), of_standing)
             limits = LimitChange(_limits(request.limits), of_limits, request.model)
+            if limits.written():
+                self._require_no_alias(request.model, "model")
             return _plan_message(await self._plans.set(request.name, limits, standing))
 
     async def ListPlans(self, request: admin_pb2.ListPlansRequest, context: _Context) -> admin_pb2.ListPlansResponse:
@@ -163,6 +170,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         async with self._act(context, request, "set_price", model=request.price.model):
             if request.HasField("price"):
                 price = request.price
+                self._require_no_alias(price.model, "price.model")
                 values = ModelPrice(price.input_nanos, price.cached_nanos, price.output_nanos)
                 await self._prices.set_price(price.model, values)
             if request.HasField("currency"):
@@ -172,6 +180,10 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     async def ListPrices(self, request: admin_pb2.ListPricesRequest, context: _Context) -> admin_pb2.PriceList:
         async with self._act(context, request, "list_prices"):
             return _prices_message(await self._prices.read())
+
+    def _require_no_alias(self, model: str, param: str) -> None:
+        if model in self._aliases:
+            raise RempartError(ErrorKind.INVALID_REQUEST, f"{means_models(model)}.", param=param)
 
     async def _who(self, context: _Context, fields: dict[str, str]) -> str:
         try:

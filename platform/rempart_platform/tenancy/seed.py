@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from rempart_platform.aliases import means_models
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.tenancy.api_keys import ApiKeyStore, key_id_of
 from rempart_platform.tenancy.keyspace import SEEDS
@@ -125,7 +126,7 @@ def read_seed(path: Path, environ: Mapping[str, str] = os.environ, aliases: Coll
         _prices(root.get("prices", {})),
     )
     for alias in sorted(seed.models.intersection(aliases)):
-        raise SeedError(f"{path}: {alias!r} is an alias; limits and prices are of the models that it stands for")
+        raise SeedError(f"{path}: {means_models(alias)}")
     return seed
 
 
