@@ -94,11 +94,18 @@ def test_fetching_brings_what_the_container_needs(
     assert found == files | {"manifest.json"}
 
 
-def test_the_tenants_file_is_one(tmp_path: Path) -> None:
+def test_the_tenants_file_is_one_and_reads_keys_from_files_that_are_mounted(tmp_path: Path) -> None:
+    manifests = render(EVERY)
+    text = find(manifests, "ConfigMap", "rempart-tenants")["data"]["tenants.json"]
+    (router,) = find(manifests, "Deployment", "rempart-router")["spec"]["template"]["spec"]["containers"]
+    (mounted,) = (mount["mountPath"] for mount in router["volumeMounts"] if mount["name"] == "secret-keys-of-tenants")
+    key = f"rk_{'0' * 16}_{'1' * 64}"
+    (tmp_path / "acme-ci").write_text(key + "\n")
     path = tmp_path / "tenants.json"
-    path.write_text(find(render(EVERY), "ConfigMap", "rempart-tenants")["data"]["tenants.json"])
+    path.write_text(text.replace(mounted, str(tmp_path)))
     seed = read_seed(path)
     assert seed.tenants["acme"].plan == "gold"
+    assert seed.tenants["acme"].keys == {"ci": key}
     assert seed.tenants["acme"].limits.own.tokens_per_day == 5_000_000
     assert seed.plans.keys() == {"gold"}
 

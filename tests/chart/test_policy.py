@@ -363,6 +363,7 @@ def test_the_built_in_redis_hears_routers_only_and_reaches_nothing() -> None:
 def test_every_config_map_secret_and_claim_that_is_mounted_is_there_or_named_by_a_value(renderings: Renderings) -> None:
     by_value = {
         "audit-key",
+        "tenant-keys",
         "jobs-and-audit",
         "our-authority",
         "llm-secrets",

@@ -66,6 +66,8 @@ def claim(access_mode: str, source: str = "s3://models/smollm2") -> str:
         ('secrets.adminKey="hunter2hunter2hunter2"', "'adminKey' not allowed"),
         ('tenants.plans.gold={"request_per_minute": 1}', "/tenants/plans/gold"),
         ('tenants.tenants.acme={"money_per_day": 3}', "/tenants/tenants/acme/money_per_day"),
+        ('tenants.tenants.acme.keys={"ci": "rk_0123456789abcdef"}', "/tenants/tenants/acme/keys/ci"),
+        ('tenants.tenants.acme.keys.ci.from_file="/tmp/key"', "/tenants/tenants/acme/keys/ci/from_file"),
         ('hosts.http="https://api.example.org"', "/hosts/http"),
         ('metrics.interval="often"', "/metrics/interval"),
         ("networkPolicy.clients=[{}]", "/networkPolicy/clients/0"),
@@ -88,6 +90,7 @@ def test_the_schema_refuses(wrong: str, named: str) -> None:
         (BASE, ('router.aliases={"a": "smollm2:9,other:1"}',), 'router.aliases.a: no engine serves "other"'),
         (BASE, ('router.aliases={"smollm2": "smollm2"}',), "router.aliases.smollm2: is the name of a model"),
         (BASE, ('router.flags={"grpc-port": 9}',), "router.flags.grpc-port: the chart sets it"),
+        (BASE, ('router.flags={"drain-delay-s": 60}',), "router.flags.drain-delay-s: the chart sets it"),
         (BASE, (f'{SMALL}.flags={{"model": "/else"}}',), "engines.smollm2.flags.model: the chart sets it"),
         (BASE, (f"{SMALL}.nodes=2",), "engines.smollm2.nodes: no engine of this version runs on several nodes"),
         (BASE, (f"{SMALL}.parallel.tensor=2",), "engines.smollm2.parallel.tensor:"),
@@ -145,6 +148,13 @@ def test_the_schema_refuses(wrong: str, named: str) -> None:
         (FULL, ('tls.certManager.issuer=""',), "tls: certManager needs"),
         (FULL, ('inferencePool.endpointPicker.name=""',), "inferencePool.endpointPicker.name:"),
         (FULL, ("networkPolicy.engine.clients=[]",), "networkPolicy.engine.clients:"),
+        (FULL, ('metrics.rules.runbookBase=""',), "metrics.rules.runbookBase: alerts and dashboards lead there"),
+        (FULL, ('metrics.rules={"enabled": false, "runbookBase": ""}',), "metrics.rules.runbookBase:"),
+        (
+            FULL,
+            ('metrics.rules.exclude=["RempartNothing"]',),
+            "metrics.rules.exclude: there is no rules/RempartNothing",
+        ),
         (
             FULL,
             (
