@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from rempart_platform.local.demo_model import find_demo_model
 
 if TYPE_CHECKING:
     from tests.buckets import Bucket
+
+# How long an example takes says nothing on a machine that has other things to do.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
