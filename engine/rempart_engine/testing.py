@@ -5,6 +5,7 @@ tokens so far, so a test knows every output without a reference run. The runner 
 that a sequence's block table holds exactly its tokens: a scheduler or prefix cache that mixes sequences up fails here.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -35,9 +36,12 @@ class FakeModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Only sampled where `num_tokens_to_eos` says so."""
     num_tokens_to_eos: int | None = None
     """Sequences end with the end-of-sequence token as soon as they have this many tokens."""
-    load_s: float = 0.0
     step_s: float = 0.0
     """Time that every step takes."""
+    load_gate: str | None = None
+    """Loading goes on when this `Gate` is open."""
+    step_gates: Mapping[int, str] = {}
+    """By the number of a step: it goes on when this `Gate` is open."""
     load_error: str | None = None
     raise_at_step: int | None = None
     hang_at_step: int | None = None
@@ -51,6 +55,31 @@ class FakeModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         path = folder / "fake.json"
         path.write_bytes(msgspec.json.encode(self))
         return path
+
+
+class Gate:
+    """Where a fake in another process waits until the test says go on: a pipe in `folder`. A context manager."""
+
+    def __init__(self, folder: Path, name: str = "gate") -> None:
+        self.path = str(folder / name)
+        os.mkfifo(self.path)
+        self._pipe = os.open(self.path, os.O_RDWR)  # does not wait for the other end
+
+    def open(self) -> None:
+        """Lets one pass, whether it waits already or comes later."""
+        os.write(self._pipe, b".")
+
+    def __enter__(self) -> "Gate":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._pipe)
+
+    @staticmethod
+    def wait(path: str) -> None:
+        """What the fake does there."""
+        with Path(path).open("rb", buffering=0) as pipe:
+            pipe.read(1)
 
 
 def fake_token(seed: int, choice: int, token_ids: Sequence[int], vocab_size: int) -> int:
@@ -76,7 +105,8 @@ def load_fake_runner(config: EngineConfig, on_progress: Callable[[float], None])
         raise ValueError(model.load_error)
     for fraction in (0.0, 0.5, 1.0):
         on_progress(fraction)
-        time.sleep(model.load_s / 3)
+    if model.load_gate is not None:
+        Gate.wait(model.load_gate)
     num_blocks = config.num_blocks or model.num_blocks
     return LoadedModel(
         runner=FakeRunner(model, num_blocks),
@@ -108,7 +138,7 @@ class _Row:
 class FakeRunner:
     """Keeps rows and KV blocks as a real runner does, with token ids in place of tensors."""
 
-    def __init__(self, model: FakeModel, num_blocks: int, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, model: FakeModel, num_blocks: int, sleep: Callable[[float], object] = time.sleep) -> None:
         self._model = model
         self._sleep = sleep
         self._rows: dict[int, _Row] = {}
@@ -127,6 +157,8 @@ class FakeRunner:
             raise RuntimeError(f"told to raise at step {self._num_steps}")
         while self._num_steps == self._model.hang_at_step:
             time.sleep(3600)
+        if self._num_steps in self._model.step_gates:
+            Gate.wait(self._model.step_gates[self._num_steps])
         self._sleep(self._model.step_s)
         for new_row in plan.new_rows:
             self._enter(new_row)

@@ -297,7 +297,7 @@ def test_an_engine_that_requires_a_manifest_serves_what_fits_it(tmp_path: Path) 
     flags = ("--require-manifest", str(manifest), "--manifest-key", str(public))
     with EngineUnderTest(FakeModel(), folder, *flags) as engine:
         assert engine.address
-        with urllib.request.urlopen(engine.metrics_url, timeout=5) as answer:
+        with urllib.request.urlopen(engine.metrics_url, timeout=30) as answer:
             told = answer.read().decode()
     digest = hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
     assert f'manifest="{digest}"' in told, "engines of one model can be compared"

@@ -38,7 +38,7 @@ def _scrape(metrics: EngineMetrics) -> dict[str, dict[tuple[tuple[str, str], ...
     """Samples of a scrape over HTTP: name -> labels -> value."""
     port = metrics.serve("127.0.0.1", 0)
     request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"accept": _ACCEPT})
-    with urllib.request.urlopen(request, timeout=5) as answer:
+    with urllib.request.urlopen(request, timeout=30) as answer:
         text = answer.read().decode()
     samples: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
     for family in text_string_to_metric_families(text):

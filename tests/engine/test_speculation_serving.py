@@ -22,7 +22,7 @@ async def served(engine: EngineUnderTest) -> list[engine_pb2.TokenEvent]:
 
 
 def scrape(engine: EngineUnderTest) -> dict[str, float]:
-    with urllib.request.urlopen(engine.metrics_url, timeout=5) as answer:
+    with urllib.request.urlopen(engine.metrics_url, timeout=30) as answer:
         lines = answer.read().decode().splitlines()
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
@@ -50,7 +50,7 @@ async def test_drafts_can_be_switched_off(tmp_path: Path) -> None:
 
 def test_drafts_asked_of_a_model_without_mtp_layers_are_refused(tmp_path: Path) -> None:
     with EngineUnderTest(FakeModel(), tmp_path, "--num-speculative-tokens", "1") as engine:
-        assert engine.process.wait(5) == 2
+        assert engine.process.wait(30) == 2
     errors = [line for line in map(json.loads, engine.log_path.read_text().splitlines()) if line["level"] == "error"]
     assert ["num_speculative_tokens is 1, but the model has no MTP layer" in line["message"] for line in errors] == [
         True
