@@ -2,7 +2,8 @@
 
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import msgspec
 import pytest
@@ -30,7 +31,7 @@ from rempart_engine.testing import FakeModel, FakeRunner, fake_output
 class Bench:
     """A loop with the test at the front's end of its channel."""
 
-    def __init__(self, model: FakeModel, num_blocks: int = 64) -> None:
+    def __init__(self, model: FakeModel, num_blocks: int = 64, sleep: Callable[[float], object] = time.sleep) -> None:
         self.front_end, self.core_end = socket_pair()
         self.scheduler = Scheduler(
             SchedulerConfig(
@@ -42,7 +43,7 @@ class Bench:
                 vocab_size=model.vocab_size,
             )
         )
-        self.runner = FakeRunner(model, num_blocks)
+        self.runner = FakeRunner(model, num_blocks, sleep)
         self.loop = EngineLoop(self.scheduler, self.runner, CoreChannel(self.core_end), heartbeat_s=0.01)
         self._splitter = FrameSplitter()
 
@@ -104,7 +105,9 @@ def test_an_idle_loop_gives_signs_of_life(bench: Bench) -> None:
     loop.join()
 
 
-def test_rows_of_ended_requests_are_released_though_no_step_follows(bench: Bench) -> None:
+def test_rows_of_ended_requests_are_released_though_no_step_follows() -> None:
+    steps = threading.Semaphore(1)
+    bench = Bench(FakeModel(), sleep=lambda _: steps.acquire())
     loop = threading.Thread(target=bench.loop.run)
     loop.start()
     bench.send(_request("a", num_tokens=400))
@@ -112,11 +115,13 @@ def test_rows_of_ended_requests_are_released_though_no_step_follows(bench: Bench
     while not next(updates).events:
         pass
     bench.send(Abort(RequestId("a")))
+    steps.release()  # a second step, which had begun before
     while not any(event.finish_reason is FinishReason.ABORT for event in next(updates).events):
         pass
     bench.send(Stop())
     loop.join()
     assert bench.runner.rows == {}
+    bench.close()
 
 
 def test_a_deadline_that_has_passed_ends_the_request(bench: Bench) -> None:
@@ -153,10 +158,10 @@ def test_a_step_that_raises_ends_the_loop() -> None:
 def test_many_requests_over_few_blocks_come_out_as_if_alone() -> None:
     bench = Bench(FakeModel(), num_blocks=6)
     loop = threading.Thread(target=bench.loop.run)
-    loop.start()
     prompts = {f"r{number}": tuple([number + 1] * 70) for number in range(6)}
     for name, prompt in prompts.items():
         bench.send(Start(Request(RequestId(name), prompt, SamplingParams(max_tokens=100))))
+    loop.start()  # when all are there, so that they are in each other's way
     outputs: dict[str, list[int]] = {name: [] for name in prompts}
     unfinished = set(prompts)
     num_preemptions = 0
