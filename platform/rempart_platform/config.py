@@ -99,8 +99,7 @@ class RouterConfig:
     """For a connection and for an answer, each. A router that is busy for longer takes a Redis that has answered to be
     away."""
     redis_max_connections: int = 64
-    redis_max_batch: int = 32
-    """Most scripts that are sent to Redis in one round trip."""
+    """One of them is for the scripts of quotas and queue, which it has under way together."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     limits: RequestLimits = RequestLimits()
     http: HttpLimits = HttpLimits()

@@ -3,6 +3,7 @@ import hashlib
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,46 @@ def test_breaker_stays_open_when_the_probe_fails() -> None:
     now[0] = 12.0
     breaker.record_failure()
     assert breaker.wait_s() == 10.0
+
+
+async def test_scripts_of_a_hung_redis_are_away_at_once_and_run_on_a_new_connection_later() -> None:
+    now = [0.0]
+    async with (
+        embedded_redis(EmbeddedRedisConfig()) as server,
+        connect_redis(RedisConfig(server.url, open_s=1.0), clock=lambda: now[0]) as redis,
+    ):
+        assert await redis.run_script(_echo(), (), ("before",)) == ["before"]
+        os.kill(server.pid, signal.SIGSTOP)
+        lost = await asyncio.gather(
+            *(redis.run_script(_echo(), (), (f"lost {i}",)) for i in range(200)), return_exceptions=True
+        )
+        assert all(isinstance(error, RedisAwayError) and error.may_have_run for error in lost)
+        with pytest.raises(RedisAwayError) as raised:
+            await redis.run_script(_echo(), (), ("refused",))
+        assert not raised.value.may_have_run
+
+        os.kill(server.pid, signal.SIGCONT)
+        now[0] += 1.0
+        assert await redis.run_script(_echo(), (), ("after",)) == ["after"]  # and none of the lost ones' replies
+        assert redis.is_available
+
+
+async def test_scripts_go_on_after_redis_closed_their_connection() -> None:
+    async with own_redis() as redis:
+        assert await redis.run_script(_echo(), (), ("one",)) == ["one"]
+        await redis.call(lambda each: each.client_kill_filter(_type="normal", skipme=True))
+        with suppress(RedisAwayError):  # the end may not have come here yet
+            await redis.run_script(_echo(), (), ("lost",))
+        assert await redis.run_script(_echo(), (), ("two",)) == ["two"]
+
+
+async def test_script_under_way_when_its_connection_ends_may_have_run() -> None:
+    async with embedded_redis(EmbeddedRedisConfig()) as server, connect_redis(patient(server.url)) as redis:
+        await redis.run_script(_echo(), (), ("connects",))
+        os.kill(server.pid, signal.SIGSTOP)
+        asking = asyncio.create_task(redis.run_script(_echo(), (), ("one",)))
+        await asyncio.sleep(0)
+        os.kill(server.pid, signal.SIGKILL)
+        with pytest.raises(RedisAwayError) as raised:
+            await asking
+        assert raised.value.may_have_run
