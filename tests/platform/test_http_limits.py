@@ -20,14 +20,15 @@ from rempart_platform.json_guard import check_json_shape
 LIMITS = HttpLimits(
     max_connections=3,
     max_head_bytes=2048,
-    head_timeout_s=0.3,
-    idle_timeout_s=1,
-    body_timeout_s=0.6,
+    head_timeout_s=30,
+    idle_timeout_s=30,
+    body_timeout_s=30,
     min_body_bytes_per_s=1000,
-    body_grace_s=0.3,
+    body_grace_s=30,
     discard_timeout_s=0.2,
-    write_timeout_s=0.3,
+    write_timeout_s=30,
 )
+"""Of times that can hurt a client, each test shortens the one that it is about: a busy machine meets no other."""
 
 
 class Connection:
@@ -53,7 +54,7 @@ class Connection:
     async def rest(self) -> bytes:
         """What comes until the server closes."""
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 return await self.reader.read()
         except ConnectionError:
             return b""
@@ -104,10 +105,10 @@ def status_of(answer: bytes) -> int:
 
 
 async def test_a_silent_connection_is_closed() -> None:
-    async with server() as address, connect(address) as client:
-        started = time.monotonic()
+    started = time.monotonic()
+    async with server(limits=replace(LIMITS, head_timeout_s=0.3)) as address, connect(address) as client:
         answer = await client.rest()
-    assert 0.2 < time.monotonic() - started < 2
+    assert time.monotonic() - started >= 0.3
     assert status_of(answer) == 408
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
 
@@ -118,7 +119,8 @@ def assert_cut_off(answer: bytes, status: int) -> None:
 
 
 async def test_dripped_headers_are_cut_off() -> None:
-    async with server() as address, connect(address) as client, asyncio.TaskGroup() as tasks:
+    limits = replace(LIMITS, head_timeout_s=0.3)
+    async with server(limits=limits) as address, connect(address) as client, asyncio.TaskGroup() as tasks:
         dripping = tasks.create_task(client.drip(request() * 3, 0.01))
         answer = await client.rest()
         dripping.cancel()
@@ -126,11 +128,11 @@ async def test_dripped_headers_are_cut_off() -> None:
 
 
 async def test_empty_lines_do_not_keep_an_idle_connection() -> None:
-    async with server() as address, connect(address) as client:
+    async with server(limits=replace(LIMITS, head_timeout_s=2)) as address, connect(address) as client:
         await client.send(request(completion()))
         await client.reader.readuntil(b"}}}")
         async with asyncio.TaskGroup() as tasks:
-            dripping = tasks.create_task(client.drip(b"\r\n" * 500, 0.02))
+            dripping = tasks.create_task(client.drip(b"\r\n" * 5000, 0.02))
             answer = await client.rest()
             dripping.cancel()
     assert_cut_off(answer, 408)
@@ -144,18 +146,16 @@ async def test_headers_too_large_are_refused() -> None:
 
 
 async def test_an_idle_connection_is_closed_and_one_in_use_is_not() -> None:
-    async with server() as address, connect(address) as client:
+    async with server(limits=replace(LIMITS, idle_timeout_s=2)) as address, connect(address) as client:
         for _ in range(2):
             await client.send(request(completion()))
             assert b"200 OK" in await client.reader.readuntil(b"}}}")
-            await asyncio.sleep(0.4)
-        started = time.monotonic()
+            await asyncio.sleep(1.1)  # together more than may lie between two requests
         assert await client.rest() == b""
-        assert time.monotonic() - started < 2
 
 
 async def test_a_body_that_never_comes_is_given_up() -> None:
-    async with server() as address, connect(address) as client:
+    async with server(limits=replace(LIMITS, body_grace_s=0.3)) as address, connect(address) as client:
         await client.send(request(length=1000))
         answer = await client.rest()
     assert status_of(answer) == 408
@@ -164,14 +164,12 @@ async def test_a_body_that_never_comes_is_given_up() -> None:
 
 async def test_a_dripped_body_is_cut_off() -> None:
     dispatcher = FakeDispatcher()
-    async with server(dispatcher) as address, connect(address) as client:
+    async with server(dispatcher, replace(LIMITS, body_grace_s=0.3)) as address, connect(address) as client:
         await client.send(request(length=1000))
         async with asyncio.TaskGroup() as tasks:
-            dripping = tasks.create_task(client.drip(b"x" * 1000, 0.02))
-            started = time.monotonic()
+            dripping = tasks.create_task(client.drip(b"x" * 999, 0.02))
             answer = await client.rest()
             dripping.cancel()
-    assert time.monotonic() - started < 4
     assert_cut_off(answer, 408)
     assert not dispatcher.requests
 
@@ -196,11 +194,12 @@ async def test_a_client_that_asks_before_sending_is_not_told_to_go_on() -> None:
 
 
 async def test_more_connections_than_allowed_are_turned_away() -> None:
-    async with server(limits=replace(LIMITS, head_timeout_s=5)) as address:
+    async with server() as address:
         async with connect(address), connect(address), connect(address), connect(address) as fourth:
             assert status_of(await fourth.rest()) == 503
-        statuses = [await status_of_one(address) for _ in range(20)]  # the first ones before it has seen the others go
-        assert statuses[-1] == 200
+        async with asyncio.timeout(20):
+            while await status_of_one(address) != 200:  # noqa: ASYNC110 - until it has seen the others go
+                await asyncio.sleep(0.01)
 
 
 async def status_of_one(address: tuple[str, int]) -> int:
@@ -216,16 +215,17 @@ async def test_requests_are_not_piled_up_behind_one_that_runs() -> None:
         await dispatcher.started.wait()
         await client.send(request(completion()))
         assert await client.rest() == b""
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(20):
             await dispatcher.ended.wait()
     assert len(dispatcher.requests) == 1
 
 
 async def test_a_client_that_does_not_read_its_stream_is_cut() -> None:
     dispatcher = FakeDispatcher(texts=["x" * 1000], num_repeats=100)
-    async with server(dispatcher) as address, connect(address, receive_buffer=4096) as client:
+    limits = replace(LIMITS, write_timeout_s=0.3)
+    async with server(dispatcher, limits) as address, connect(address, receive_buffer=4096) as client:
         await client.send(request(completion(stream=True)))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await dispatcher.ended.wait()
     # What fits into both socket buffers and ours, not the 20 MB of the whole answer.
     assert dispatcher.num_delivered < 5000
@@ -233,7 +233,8 @@ async def test_a_client_that_does_not_read_its_stream_is_cut() -> None:
 
 async def test_an_answer_that_nobody_takes_does_not_keep_its_connection() -> None:
     dispatcher = FakeDispatcher(texts=["x" * 1000], num_repeats=1000, delta_chars=1000)
-    async with server(dispatcher) as address, connect(address, receive_buffer=4096) as client:
+    limits = replace(LIMITS, write_timeout_s=0.3)
+    async with server(dispatcher, limits) as address, connect(address, receive_buffer=4096) as client:
         await client.send(request(completion()))
         await dispatcher.ended.wait()
         await asyncio.sleep(1)
@@ -255,7 +256,7 @@ async def test_a_reset_in_mid_stream_ends_the_generation() -> None:
         await client.send(request(completion(stream=True)))
         await client.reader.readuntil(b"\n\n")
         client.writer.transport.abort()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(20):
             await dispatcher.ended.wait()
     assert dispatcher.num_delivered == 1
 
@@ -292,7 +293,7 @@ def test_nodes_and_depth_are_judged_whatever_the_strings_hold(value: object, max
 def test_hostile_json_is_judged_fast() -> None:
     hostile = (b"[" + b"{}," * 1_300_000 + b"{}]", b'["' + b'\\"' * 2_000_000 + b'"]', b'["' + b"[" * 4_000_000 + b'"]')
     for data in (*hostile, b"[" * 4_000_000, b'""' * 2_000_000):
-        started = time.perf_counter()
+        started = time.thread_time()  # of work, which a busy machine does not add to
         with suppress(RempartError):
             check_json_shape(data, max_nodes=200_000, max_depth=64)
-        assert time.perf_counter() - started < 0.5
+        assert time.thread_time() - started < 0.5

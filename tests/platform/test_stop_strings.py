@@ -130,8 +130,8 @@ def test_the_worst_stop_strings_cost_linear_time(length: int) -> None:
     stops = ["a" * (256 - i) + "b" for i in range(16)]
     matcher = StopMatcher(StopStrings(stops))
 
-    started = time.perf_counter()
+    started = time.thread_time()  # of work, which a busy machine does not add to
     for _ in range(length // 4):
         matcher.push("aaaa")
 
-    assert time.perf_counter() - started < 2.0
+    assert time.thread_time() - started < 2.0
