@@ -159,7 +159,6 @@ def _redis_config(config: RouterConfig, secrets: RouterSecrets) -> RedisConfig:
         secrets.redis_url,
         timeout_s=config.redis_timeout_s,
         max_connections=config.redis_max_connections,
-        max_batch=config.redis_max_batch,
     )
 
 
@@ -216,8 +215,8 @@ def _build_admin(
         UsageReader(redis, tenants),
         PlanRegistry(redis),
         PriceRegistry(redis),
-        aliases,
         audit,
+        aliases,
     )
 
 
