@@ -25,6 +25,11 @@ class Alias:
     name: str
     shares: tuple[Share, ...]
 
+    @property
+    def heaviest(self) -> str:
+        """The model that most sessions meet; the first of these."""
+        return max(self.shares, key=lambda share: share.weight).model
+
     def choose(self, session: str) -> str:
         """The model for a session: always the same one while the weights stay.
 

@@ -37,15 +37,17 @@ class ModelCatalog:
         self._models = {model.name: model for model in models}
         self._aliases = {alias.name: alias for alias in aliases}
 
-    def get(self, name: str, session: str = "") -> ServedModel:
-        """The model of that name; of an alias, the one that this session meets.
+    def get(self, name: str, session: str | None = None) -> ServedModel:
+        """The model of that name; of an alias, the one that this session meets, or most sessions if none is named.
 
         Raises:
             RempartError: MODEL_NOT_FOUND.
         """
         alias = self._aliases.get(name)
+        if alias is not None:
+            name = alias.heaviest if session is None else alias.choose(session)
         try:
-            return self._models[name if alias is None else alias.choose(session)]
+            return self._models[name]
         except KeyError:
             message = f"The model `{name[:100]}` does not exist or you do not have access to it."
             raise RempartError(ErrorKind.MODEL_NOT_FOUND, message, param="model") from None

@@ -7,6 +7,7 @@ checks a request again.
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from rempart_platform.chat.format import ChatFormat
 from rempart_platform.chat.message import Conversation
@@ -20,6 +21,9 @@ from rempart_platform.text.tokenizer import run_sized
 from rempart_protos.v1 import inference_pb2, sampling_pb2
 
 _MAX_CLIENT_LABEL_CHARS = 64
+_NO_CONVERSATION = ("model", "text", "prompt_cache_key", "user")
+
+_Labelled: TypeAlias = inference_pb2.GenerationOptions | inference_pb2.TokenizeRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +42,14 @@ class Arrival:
     client_request_id: str = ""
 
     def session(self, options: inference_pb2.GenerationOptions) -> str:
-        """What requests of one conversation have in common, where they say so: an alias gives them one model."""
-        label = options.prompt_cache_key or options.user or self.request_id
-        return f"{self.caller.tenant} {label}"
+        """That of a request that may say nothing of it: then it is its own."""
+        return session_of(self.caller, options) or f"{self.caller.tenant} {self.request_id}"
+
+
+def session_of(caller: Caller, labelled: _Labelled) -> str | None:
+    """What requests of one conversation have in common, where they say so: an alias gives them one model."""
+    label = labelled.prompt_cache_key or labelled.user
+    return f"{caller.tenant} {label}" if label else None
 
 
 def mint_request_id() -> str:
@@ -89,8 +98,12 @@ async def complete(
 
 
 async def tokenize(request: inference_pb2.TokenizeRequest, model: ServedModel, limits: RequestLimits) -> list[int]:
-    """Token ids as `chat` (with any part of a conversation) or `complete` (without) would send. Raises RempartError."""
-    if any(field.name not in ("model", "text") for field, _ in request.ListFields()):
+    """Token ids as `chat` (with any part of a conversation) or `complete` (without) would send. Raises RempartError.
+
+    `model` is that of the request's session, as theirs is; see `session_of`.
+    """
+    _check_labels(request, limits)
+    if any(field.name not in _NO_CONVERSATION for field, _ in request.ListFields()):
         _, prompt = await _render(request, model, limits)
         return prompt
     return await _encode(request.text, model, limits, param="text")
@@ -135,8 +148,12 @@ def _check_options(options: inference_pb2.GenerationOptions, model: ServedModel,
             raise _invalid("'stop' holds an empty string.", "stop")
     if options.service_tier not in inference_pb2.ServiceTier.values():
         raise _invalid("'service_tier' must be one of the enum's values.", "service_tier")
+    _check_labels(options, limits)
+
+
+def _check_labels(labelled: _Labelled, limits: RequestLimits) -> None:
     for param in ("prompt_cache_key", "user"):
-        require_at_most(len(getattr(options, param)), limits, "max_label_chars", param, unit="characters")
+        require_at_most(len(getattr(labelled, param)), limits, "max_label_chars", param, unit="characters")
 
 
 def _check_prompt_ids(prompt: Sequence[int], model: ServedModel) -> None:

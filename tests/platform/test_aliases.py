@@ -50,11 +50,16 @@ def test_weight_0_is_never_met() -> None:
     assert {alias.choose(session) for session in SESSIONS} == {"b"}
 
 
+def test_who_names_no_session_meets_the_heaviest_model() -> None:
+    assert parse_alias("chat=new:5,old:95,older:95").heaviest == "old"
+
+
 def test_the_catalog_resolves_aliases_and_lists_them_as_models() -> None:
     models = [tiny_model("old", max_model_len=512), tiny_model("new", max_model_len=256)]
     catalog = ModelCatalog(models, [parse_alias("chat=old:1,new:1"), parse_alias("only=new")])
     assert {catalog.get("chat", session).name for session in SESSIONS} == {"old", "new"}
     assert catalog.get("only").name == "new"
+    assert catalog.get("chat").name == "old", "the first of the heaviest, where nobody names a session"
     assert [(model.name, model.max_model_len) for model in catalog.listed()] == [
         ("chat", 256),
         ("new", 256),

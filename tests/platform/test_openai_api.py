@@ -281,7 +281,7 @@ async def test_tokenize_gives_the_ids_that_would_be_sent() -> None:
         text = await client.post("/tokenize", json={"model": MODEL, "prompt": "hi"})
         messages = await client.post("/tokenize", json={"model": MODEL, "messages": HI})
         both = await client.post("/tokenize", json={"model": MODEL, "messages": HI, "prompt": "hi"})
-    assert text.json() == {"tokens": list(b"hi"), "count": 2, "max_model_len": 512}
+    assert text.json() == {"tokens": list(b"hi"), "count": 2, "max_model_len": 512, "model": MODEL}
     assert messages.json()["tokens"][0] == 256
     assert both.status_code == 400
 

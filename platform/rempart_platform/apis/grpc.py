@@ -48,10 +48,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
-        async def serve(_: Caller) -> inference_pb2.TokenizeResponse:
-            model = self._services.catalog.get(request.model)
+        async def serve(caller: Caller) -> inference_pb2.TokenizeResponse:
+            model = self._services.catalog.get(request.model, validation.session_of(caller, request))
             token_ids = await validation.tokenize(request, model, self._services.limits)
-            return inference_pb2.TokenizeResponse(token_ids=token_ids, max_model_len=model.max_model_len)
+            return inference_pb2.TokenizeResponse(
+                token_ids=token_ids, max_model_len=model.max_model_len, model=model.name
+            )
 
         return await self._answer(context, serve)
 

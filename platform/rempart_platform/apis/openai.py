@@ -49,6 +49,8 @@ class Tokens(msgspec.Struct):
     tokens: list[int]
     count: int
     max_model_len: int
+    model: str
+    """Whose tokens these are; under an alias, one of its models."""
 
 
 def build_app(services: ApiServices) -> ASGIApp:
@@ -107,6 +109,9 @@ class _Models:
 
 
 class _Tokenize:
+    """Under an alias, the model that tokenizes is the one that a chat with the same `prompt_cache_key` or `user` would
+    meet; with neither, the one of the greatest weight."""
+
     def __init__(self, services: ApiServices) -> None:
         self._services = services
 
@@ -115,9 +120,10 @@ class _Tokenize:
         body = decode_body(
             await read_json_body(Headers(scope=scope), receive, services.http), TokenizeBody, services.http
         )
-        model = services.catalog.get(body.model)
-        token_ids = await validation.tokenize(tokenize_request(body), model, services.limits)
-        response = json_response(Tokens(token_ids, len(token_ids), model.max_model_len))
+        request = tokenize_request(body)
+        model = services.catalog.get(body.model, validation.session_of(scope["state"]["caller"], request))
+        token_ids = await validation.tokenize(request, model, services.limits)
+        response = json_response(Tokens(token_ids, len(token_ids), model.max_model_len, model.name))
         await response(scope, receive, send)
 
 

@@ -98,6 +98,8 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
     response_format: ResponseFormatBody | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: TemplateKwargs | None = None
+    prompt_cache_key: str | None = None
+    user: str | None = None
 
 
 def chat_request(body: ChatBody) -> inference_pb2.ChatRequest:
@@ -140,7 +142,13 @@ def tokenize_request(body: TokenizeBody) -> inference_pb2.TokenizeRequest:
     if body.messages == []:
         raise _invalid("'messages' must hold at least one message.", "messages")
     messages = chat_messages(body.messages or [])
-    request = inference_pb2.TokenizeRequest(model=body.model, text=body.prompt or "", messages=messages)
+    request = inference_pb2.TokenizeRequest(
+        model=body.model,
+        text=body.prompt or "",
+        messages=messages,
+        prompt_cache_key=body.prompt_cache_key,
+        user=body.user,
+    )
     shape_prompt(body, request)
     return request
 
