@@ -53,3 +53,11 @@ def test_panels_lie_beside_each_other(document: Any) -> None:
         assert max(x for x, _ in cells) < 24
         assert not cells & taken, panel["title"]
         taken |= cells
+
+
+def test_a_model_that_no_engine_serves_can_be_chosen_all_the_same() -> None:
+    """Endpoints are there only while engines are; what autoscalers read, always."""
+    chosen = [each for document in DOCUMENTS.values() for each in document["templating"]["list"]]
+    assert {each["definition"] for each in chosen if each["name"] == "model"} == {
+        "label_values(rempart_requests_held, model)"
+    }
