@@ -39,8 +39,8 @@ from rempart_platform.tenancy.batch_keys import DEAD_TASKS, OPEN_JOBS, UPLOADS, 
 from rempart_platform.tenancy.redis_client import RedisClient
 from rempart_platform.tenancy.testing import own_redis
 
-CONFIG = BatchConfig(lines_per_shard=4, lease_s=0.2, poll_s=0.02, max_deliveries=3, keep_parts_s=100.0)
-"""A lease that ends as soon as nobody renews it."""
+CONFIG = BatchConfig(lines_per_shard=4, lease_s=3600.0, poll_s=0.02, max_deliveries=3, keep_parts_s=100.0)
+"""A lease ends when a test says so."""
 
 
 @pytest.fixture
@@ -54,9 +54,8 @@ def rig(redis: RedisClient, tmp_path: Path) -> BatchRig:
     return BatchRig(redis, tmp_path, CONFIG)
 
 
-def queue_of(rig: BatchRig, worker: str, **changes: object) -> WorkQueue:
-    config = replace(rig.config, **changes)  # type: ignore[arg-type]  # the tests name its fields
-    return WorkQueue(rig.redis, config, worker, rig.clock)
+def queue_of(rig: BatchRig, worker: str) -> WorkQueue:
+    return WorkQueue(rig.redis, rig.config, worker, rig.clock)
 
 
 async def claimed(queue: WorkQueue) -> Claim:
@@ -67,12 +66,18 @@ async def claimed(queue: WorkQueue) -> Claim:
 
 
 async def given_out(queue: WorkQueue) -> Claim:
-    async with asyncio.timeout(20):
-        while True:
-            claim = await queue.claim(())
-            if claim is not None:
-                return claim
-            await asyncio.sleep(0.01)
+    claim = await queue.claim(())
+    assert claim is not None
+    return claim
+
+
+async def ended_in_spite_of_deaths(rig: BatchRig, batch: Batch) -> Batch:
+    ending_leases = asyncio.create_task(rig.end_leases_of_the_dead(batch))
+    try:
+        return await rig.ended(batch)
+    finally:
+        ending_leases.cancel()
+        await asyncio.wait([ending_leases])
 
 
 async def started(rig: BatchRig, num_lines: int) -> Batch:
@@ -102,7 +107,8 @@ async def test_a_stalled_worker_may_write_nothing_once_another_has_its_shard(rig
     stalled, other = queue_of(rig, "stalled"), queue_of(rig, "other")
     old = await claimed(stalled)
     assert await stalled.answer(old, 1, answer(0, "old"))
-    new = await claimed(other)  # when the lease has run out
+    await rig.end_leases(batch)
+    new = await claimed(other)
     assert (new.task, new.deliveries) == (old.task, 1)
     assert not await stalled.answer(old, 2, answer(1, "late"))
     assert await stalled.renew(old) is None
@@ -117,12 +123,12 @@ async def test_a_stalled_worker_may_write_nothing_once_another_has_its_shard(rig
 
 async def test_a_worker_that_renews_keeps_its_task_and_learns_of_the_end(rig: BatchRig) -> None:
     batch = await started(rig, 4)
-    queue, other = queue_of(rig, "one", lease_s=0.5), queue_of(rig, "other", lease_s=0.5)
+    queue, other = queue_of(rig, "one"), queue_of(rig, "other")
     claim = await claimed(queue)
-    for _ in range(12):
+    for _ in range(3):
+        await rig.end_leases(batch)
         assert await queue.renew(claim) is BatchStatus.IN_PROGRESS
         assert await other.claim(()) is None
-        await asyncio.sleep(0.05)
     await rig.batches.cancel("acme", batch.batch_id)
     assert await queue.renew(claim) is BatchStatus.CANCELLING
 
@@ -133,6 +139,7 @@ async def test_a_shard_is_resumed_in_its_middle(rig: BatchRig) -> None:
     claim = await claimed(dead)
     for number in (0, 2):
         assert await dead.answer(claim, number + 1, answer(number, f"answer to {number}"))
+    await rig.end_leases(batch)
     async with rig.working():
         batch = await rig.ended(batch)
     assert rig.runner.attempts == {"1": 1, "3": 1}
@@ -140,7 +147,7 @@ async def test_a_shard_is_resumed_in_its_middle(rig: BatchRig) -> None:
 
 
 async def test_an_answer_that_is_large_is_kept_out_of_redis(redis: RedisClient, tmp_path: Path) -> None:
-    rig = BatchRig(redis, tmp_path, replace(CONFIG, lease_s=3600.0, max_kept_answer_bytes=10))
+    rig = BatchRig(redis, tmp_path, replace(CONFIG, max_kept_answer_bytes=10))
     rig.runner.held |= {"3"}
     async with rig.working():
         batch = await rig.submit([request_line(number) for number in range(4)])
@@ -164,6 +171,7 @@ async def test_a_shard_that_is_stored_is_not_run_again(rig: BatchRig) -> None:
     results = [answer(number, f"answer to {number}") for number in range(3)]
     results.append(ResultLine.answered("line-3", LineAnswer(200, "id", b'{"text":"answer to 3"}')))
     await rig.storage.put_first(shard_path("acme", batch.batch_id, 0), join_results(results))
+    await rig.end_leases(batch)
     async with rig.working():
         batch = await rig.ended(batch)
     assert rig.runner.attempts.total() == 0
@@ -186,7 +194,7 @@ async def test_a_line_that_ends_its_worker_is_given_up_and_no_other_is(rig: Batc
     for number, times in ((1, 99), (6, 2)):
         rig.runner.scripts[str(number)] = [OSError("this ends the task as a crash ends a router")] * times
     async with rig.working():
-        batch = await rig.ended(await rig.submit([request_line(number) for number in range(8)]))
+        batch = await ended_in_spite_of_deaths(rig, await rig.submit([request_line(number) for number in range(8)]))
     assert await rig.errors(batch) == {"line-1": "dead_letter"}
     assert await rig.texts(batch) == right_texts([0, 2, 3, 4, 5, 6, 7])
     assert (batch.status, batch.counts) == (BatchStatus.COMPLETED, LineCounts(8, 7, 1))
@@ -202,22 +210,24 @@ async def test_a_line_that_ends_its_worker_takes_no_other_with_it(
     redis: RedisClient, tmp_path: Path, poisoned: int
 ) -> None:
     """They are in flight together, and all of them are lost each time."""
-    rig = BatchRig(redis, tmp_path, replace(CONFIG, lines_per_shard=16, lease_s=0.05))
+    rig = BatchRig(redis, tmp_path, replace(CONFIG, lines_per_shard=16))
     rig.runner.scripts[str(poisoned)] = [OSError("this ends the task as a crash ends a router")] * 99
     async with rig.working():
-        batch = await rig.ended(await rig.submit([request_line(number) for number in range(16)]))
+        batch = await ended_in_spite_of_deaths(rig, await rig.submit([request_line(number) for number in range(16)]))
     assert await rig.errors(batch) == {f"line-{poisoned}": "dead_letter"}
     assert await rig.texts(batch) == right_texts([number for number in range(16) if number != poisoned])
 
 
 async def test_deliveries_count_from_the_last_answered_line(rig: BatchRig) -> None:
-    await started(rig, 4)
+    batch = await started(rig, 4)
     queue = queue_of(rig, "one")
     for deliveries in (1, 2, 3):
         claim = await claimed(queue)
         assert claim.deliveries == deliveries
+        await rig.end_leases(batch)
     assert await queue.answer(claim, 1, answer(0, "x"))
     assert (await claimed(queue)).deliveries == 1
+    await rig.end_leases(batch)
     claim = await claimed(queue)
     assert claim.deliveries == 2
     assert await queue.release(claim)  # given back counts as never delivered
@@ -229,6 +239,7 @@ async def test_a_task_that_redis_gave_out_and_nobody_heard_of_was_not_delivered(
     batch = await started(rig, 4)
     for _ in range(CONFIG.max_deliveries + 1):
         await given_out(queue_of(rig, "deaf"))
+        await rig.end_leases(batch)
     async with rig.working():
         batch = await rig.ended(batch)
     assert batch.counts == LineCounts(4, 4, 0)
@@ -236,12 +247,13 @@ async def test_a_task_that_redis_gave_out_and_nobody_heard_of_was_not_delivered(
 
 
 async def test_a_delivery_counts_once_however_often_it_is_begun(rig: BatchRig) -> None:
-    await started(rig, 4)
+    batch = await started(rig, 4)
     queue = queue_of(rig, "one")
     claim = await given_out(queue)
     for _ in range(2):
         assert await queue.begin(claim)
         assert claim.deliveries == 1
+    await rig.end_leases(batch)
     other = await given_out(queue)
     assert not await queue.begin(claim)
     assert await queue.release(other)
@@ -251,7 +263,7 @@ async def test_a_delivery_counts_once_however_often_it_is_begun(rig: BatchRig) -
 async def test_a_worker_that_is_stopped_while_it_takes_a_task_gives_it_back(
     redis: RedisClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rig = BatchRig(redis, tmp_path, replace(CONFIG, lease_s=3600.0))
+    rig = BatchRig(redis, tmp_path, CONFIG)
     loads, may_load, stop = asyncio.Event(), asyncio.Event(), asyncio.Event()
     worker = rig.worker()
 
@@ -279,7 +291,7 @@ async def test_a_worker_that_is_stopped_while_it_takes_a_task_gives_it_back(
 
 async def test_answers_of_lines_go_with_a_batch_whose_input_is_gone(rig: BatchRig) -> None:
     batch = await started(rig, 12)
-    queue = queue_of(rig, "one", lease_s=3600.0)
+    queue = queue_of(rig, "one")
     first, second = await claimed(queue), await claimed(queue)
     assert await queue.answer(first, 1, answer(0, "x"))
     await rig.storage.delete(file_path("acme", batch.input_file_id))
@@ -306,6 +318,7 @@ async def test_an_input_that_ends_its_reader_is_given_up(rig: BatchRig) -> None:
     batch = await rig.submit([request_line(0)])
     for _ in range(CONFIG.max_deliveries):
         assert (await claimed(queue_of(rig, "dying"))).task == VALIDATE
+        await rig.end_leases(batch)
     async with rig.working():
         batch = await rig.ended(batch)
     assert (batch.status, [error.code for error in batch.errors]) == (BatchStatus.FAILED, ["dead_letter"])
@@ -313,7 +326,7 @@ async def test_an_input_that_ends_its_reader_is_given_up(rig: BatchRig) -> None:
 
 async def test_tasks_that_redis_lost_are_added_again(rig: BatchRig) -> None:
     batch = await started(rig, 12)
-    queue = queue_of(rig, "one", lease_s=3600.0)
+    queue = queue_of(rig, "one")
     first = await claimed(queue)
     work = work_of(batch.batch_id)
     _, *lost = await entries_of(rig, work)
@@ -416,6 +429,7 @@ async def test_two_workers_of_which_one_stalls_answer_each_line_once(rig: BatchR
     worker = stalled_rig.worker(stalled)
     claiming = asyncio.create_task(worker.keep_claiming())  # one shard, for which nobody renews its lease
     await stalled.wait_until(4)
+    await rig.end_leases(batch)
     async with rig.working():
         batch = await rig.ended(batch)
     stalled.released.set()
@@ -461,7 +475,7 @@ async def test_answers_that_are_gone_fail_the_batch(rig: BatchRig) -> None:
 async def test_a_worker_that_is_stopped_in_the_middle_of_a_long_input_gives_it_back(
     redis: RedisClient, tmp_path: Path
 ) -> None:
-    rig = BatchRig(redis, tmp_path, replace(CONFIG, lease_s=3600.0, drain_s=0.01))
+    rig = BatchRig(redis, tmp_path, replace(CONFIG, drain_s=0.01))
     reads, never = asyncio.Event(), asyncio.Event()
 
     class SlowStorage(BatchStorage):

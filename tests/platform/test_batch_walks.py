@@ -134,7 +134,8 @@ async def test_only_the_last_to_claim_a_task_may_write_of_it(redis: RedisClient,
         if walk.chance.random() < 0.05:
             await rig.janitor().clean()
     assert rig.metric("repaired_tasks_total") == 0  # nothing was lost, and nothing is there twice
-    honest = BatchRig(redis, tmp_path, replace(CONFIG, lease_s=0.2))
+    honest = BatchRig(redis, tmp_path, replace(CONFIG, lease_s=3600.0))
+    await honest.end_leases(batch)
     async with honest.working():
         batch = await honest.ended(batch)
     assert (batch.status, batch.counts) == (BatchStatus.COMPLETED, LineCounts(NUM_LINES, NUM_LINES, 0))

@@ -22,6 +22,7 @@ from rempart_platform.batch.workers import BatchWorker, open_worker
 from rempart_platform.errors import RempartError
 from rempart_platform.generation import Caller
 from rempart_platform.object_store import open_object_store
+from rempart_platform.tenancy.batch_keys import work_of
 from rempart_platform.tenancy.redis_client import RedisClient
 
 ENDPOINT = "/v1/completions"
@@ -55,6 +56,9 @@ class ScriptedRunner:
     released: asyncio.Event = field(default_factory=asyncio.Event)
     attempts: Counter[str] = field(default_factory=Counter)
     answered: Counter[str] = field(default_factory=Counter)
+    """In the order in which they were answered first."""
+    raised: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
+    """Prompts under which it raised an error, each time."""
     num_running: int = 0
     most_running: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -80,6 +84,7 @@ class ScriptedRunner:
         if self.scripts[prompt]:
             error, *self.scripts[prompt] = self.scripts[prompt]
             if not isinstance(error, RempartError):
+                self.raised.put_nowait(prompt)
                 raise error
             return LineAnswer(error.answer.http_status, f"id-{prompt}", b'{"error":{}}', error)
         if prompt in self.held:
@@ -148,7 +153,7 @@ class BatchRig:
     async def reload(self, batch: Batch) -> Batch:
         return await self.batches.get(batch.caller.tenant, batch.batch_id)
 
-    async def ended(self, batch: Batch, timeout_s: float = 20.0) -> Batch:
+    async def ended(self, batch: Batch, timeout_s: float = 60.0) -> Batch:
         """The batch once it is final."""
         async with asyncio.timeout(timeout_s):
             while True:
@@ -157,13 +162,26 @@ class BatchRig:
                     return batch
                 await asyncio.sleep(0.01)
 
-    async def answered(self, batch: Batch, num_lines: int, timeout_s: float = 20.0) -> None:
+    async def answered(self, batch: Batch, num_lines: int, timeout_s: float = 60.0) -> None:
         """Returns when at least as many lines have been answered."""
         async with asyncio.timeout(timeout_s):
             while True:
                 if (await self.reload(batch)).counts.completed >= num_lines:
                     return
                 await asyncio.sleep(0.01)
+
+    async def end_leases(self, batch: Batch, task: str | None = None) -> None:
+        """As when whoever has this task, or any of the batch, had been gone for the length of a lease."""
+        work, lease_ms = work_of(batch.batch_id), round(self.config.lease_s * 1000)
+        entries: Any = await self.redis.call(lambda redis: redis.xrange(work))
+        ids = [entry for entry, fields in entries if task in (None, fields["task"])]
+        await self.redis.call(lambda redis: redis.xclaim(work, "workers", "gone", 0, ids, idle=lease_ms, justid=True))
+
+    async def end_leases_of_the_dead(self, batch: Batch) -> None:
+        """Of each shard whose worker ended by an error of the runner; until cancelled."""
+        while True:
+            number = int(await self.runner.raised.get())
+            await self.end_leases(batch, str(number // self.config.lines_per_shard))
 
     async def results(self, batch: Batch, file_id: str) -> list[dict[str, Any]]:
         """The lines of a result file; none when there is none."""
