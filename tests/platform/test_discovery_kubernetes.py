@@ -163,6 +163,14 @@ async def test_nonsense_changes_nothing_and_is_followed_by_a_list(api: FakeKuber
         assert set(told.failures) == {"garbage"}
 
 
+async def test_an_error_in_no_text_is_an_error_like_any_other(api: FakeKubernetes) -> None:
+    api.faults.answer = (502, b"<h1>\xff\xfe</h1>")
+    async with following(api) as told:
+        await told.wait_for(lambda told: told.failures == ["502", "502"])
+        api.faults.answer = None
+        await told.wait_for_set(at("10.0.0.1", "10.0.0.2"))
+
+
 async def test_a_refusal_is_said_once_and_clearly_and_tried_again(
     api: FakeKubernetes, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -164,6 +164,23 @@ async def test_without_permission_or_api_nobody_leads_and_all_keep_trying(rig: R
     await rig.wait_for_leader(one)
 
 
+@pytest.mark.parametrize(
+    "body", [b"<h1>down</h1>", b"{}", b'{"metadata": {}, "spec": {"holderIdentity": [1]}}', b"\xff"]
+)
+async def test_an_answer_that_is_no_lease_takes_leadership_and_nothing_else(rig: Rig, body: bytes) -> None:
+    one = await rig.candidate("one")
+    await rig.wait_for_leader(one)
+    rig.api.faults.answer = (200, body)
+    await rig.let_all_try()
+    rig.now_s += 10.1
+    await rig.let_all_try()
+    assert not one.leadership.is_leader()
+    rig.api.faults.answer = None
+    await rig.wait_for_leader(one)
+    rig.api.faults.answer = (200, body)
+    await one.stop()
+
+
 def test_alone_every_router_leads() -> None:
     assert OwnLeadership().is_leader()
 

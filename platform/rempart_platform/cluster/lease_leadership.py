@@ -25,6 +25,9 @@ from rempart_platform.cluster.leadership import LeaseConfig
 
 _logger = logging.getLogger(__name__)
 
+_AWAY = (*KUBERNETES_AWAY, ValueError)
+"""A ValueError: what was answered is no Lease."""
+
 
 class LeaseLeadership:
     """A candidate for a Lease.
@@ -78,30 +81,41 @@ class LeaseLeadership:
         try:
             # Longer than this an answer is of no use: whoever leads has to stop.
             async with asyncio.timeout(self._config.renew_s):
-                has_it = await self._take_or_renew(self._config.retry_s)
-        except (*KUBERNETES_AWAY, ValueError) as error:  # ValueError: no Lease is what was answered
+                has_it = await self._take_or_renew()
+        except _AWAY as error:
             self._log_failure(error)
             return
         self._failure = ""
         self._leads_until_s = asked_s + self._config.renew_s if has_it else -1.0
 
-    async def _take_or_renew(self, client_timeout_s: float) -> bool:
+    async def _take_or_renew(self) -> bool:
         try:
-            lease = await self._api.read_namespaced_lease(
-                self._name, self._namespace, _request_timeout=client_timeout_s
-            )
+            lease = await self._read()
         except ApiException as error:
             if error.status != HTTPStatus.NOT_FOUND:
                 raise
             lease = V1Lease(metadata=V1ObjectMeta(name=self._name), spec=self._renewed(None))
-            await self._api.create_namespaced_lease(self._namespace, lease, _request_timeout=client_timeout_s)
+            await self._api.create_namespaced_lease(self._namespace, lease, _request_timeout=self._config.retry_s)
             return True
         if not self._may_take(lease):
             return False
         lease.spec = self._renewed(_spec_of(lease))
         # Refused as a conflict when anybody changed it since it was read.
-        await self._api.replace_namespaced_lease(self._name, self._namespace, lease, _request_timeout=client_timeout_s)
+        await self._replace(lease)
         return True
+
+    async def _read(self) -> V1Lease:
+        lease = await self._api.read_namespaced_lease(
+            self._name, self._namespace, _request_timeout=self._config.retry_s
+        )
+        if not isinstance(lease.metadata, V1ObjectMeta):  # the client makes an empty Lease of whatever is no Lease
+            raise ValueError("no Lease was answered")
+        return lease
+
+    async def _replace(self, lease: V1Lease) -> None:
+        await self._api.replace_namespaced_lease(
+            self._name, self._namespace, lease, _request_timeout=self._config.retry_s
+        )
 
     def _may_take(self, lease: V1Lease) -> bool:
         spec = _spec_of(lease) or V1LeaseSpec()
@@ -131,12 +145,12 @@ class LeaseLeadership:
             return
         try:
             async with asyncio.timeout(self._config.retry_s):
-                lease = await self._api.read_namespaced_lease(self._name, self._namespace)
+                lease = await self._read()
                 spec = _spec_of(lease)
                 if spec is not None and spec.holder_identity == self._identity:
                     spec.holder_identity = ""
-                    await self._api.replace_namespaced_lease(self._name, self._namespace, lease)
-        except KUBERNETES_AWAY as error:
+                    await self._replace(lease)
+        except _AWAY as error:
             _logger.info("the lease was not given up, and ends by itself", extra={"reason": str(error)})
 
     def _log_failure(self, error: BaseException) -> None:

@@ -35,6 +35,8 @@ class KubernetesFaults:
 
     forbids: bool = False
     """Answers 403 to everything."""
+    answer: tuple[int, bytes] | None = None
+    """A status and a body for everything."""
     loses_deletes: bool = False
     """Tells no watch of a delete."""
     expired: Literal["", "status", "event"] = ""
@@ -181,6 +183,9 @@ class FakeKubernetes:
             await asyncio.Event().wait()
         self._num_requests[port] += 1
         await self._notify()
+        if self.faults.answer is not None:
+            status, body = self.faults.answer
+            return web.Response(status=status, body=body, content_type="text/html", charset="utf-8")
         if self.faults.forbids:
             return _status(403, "endpointslices is forbidden: User cannot list resource")
         return None

@@ -131,7 +131,7 @@ class ServiceSource:
         if answer.status == 200:
             return answer
         async with answer:
-            raise KubernetesError(str(answer.status), (await answer.text())[:500])
+            raise KubernetesError(str(answer.status), (await answer.text(errors="replace"))[:500])
 
     def _take(self, line: bytes) -> None:
         kind, changed = parse_event(line)
