@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from obstore.store import LocalStore, ObjectStore, S3Store
 
-__all__ = ["ObjectStore", "ObjectStoreUrlError", "open_object_store", "remove_unfinished"]
+__all__ = ["ObjectStore", "ObjectStoreUrlError", "open_object_store", "remove_unfinished", "sync_to_disk"]
 
 
 class ObjectStoreUrlError(ValueError):
@@ -52,6 +52,29 @@ def remove_unfinished(store: ObjectStore, path: str) -> None:
     with contextlib.suppress(FileNotFoundError):  # somebody else removes them too
         for left in (*place.parent.glob(f"{place.name}#*"), *place.rglob("*#*")):
             left.unlink()
+
+
+def sync_to_disk(store: ObjectStore, path: str) -> None:
+    """Returns when an object, and its name in every folder down from the store's own, outlives a loss of power. Blocks.
+
+    A bucket needs nothing of that: what it has taken is kept.
+
+    Raises:
+        OSError: the disk cannot keep it, or it is not there.
+    """
+    if not isinstance(store, LocalStore) or store.prefix is None:
+        return
+    root = Path(store.prefix)
+    for place in (Path(path), *Path(path).parents):
+        _sync(root / place)
+
+
+def _sync(place: Path) -> None:
+    opened = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _folder(path: Path, *, for_reading: bool) -> ObjectStore:

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import json
+import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -107,6 +108,29 @@ async def test_a_segment_is_never_overwritten(url: str) -> None:
     with pytest.raises(ForeignSegmentError, match="is another"):
         await store.put(replace(segment, data=b"second"))
     assert await store.get(segment.path) == b"first"
+
+
+async def test_a_segment_is_stored_when_its_disk_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file and every folder that it is found by; a disk that fails is a store that is away."""
+    folder = tmp_path / "audit"
+    store = SegmentStore(open_object_store(f"file://{folder}"))
+    segment = Segment("chains/c/2026-11-25/0000000000000000.jsonl", b"first", 0, b"")
+    synced: set[int] = set()
+    failing = {folder.resolve()}
+
+    def fsync(opened: int) -> None:
+        if Path(f"/proc/self/fd/{opened}").resolve() in failing:
+            raise OSError(errno.EIO, "the disk is broken")
+        synced.add(os.fstat(opened).st_ino)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="the disk is broken"):
+        await store.put(segment)
+    failing.clear()
+    synced.clear()
+    await store.put(segment)  # the same again, as the sealer does: it is there, and not yet safe
+    places = (segment.path, "chains/c/2026-11-25", "chains/c", "chains", ".")
+    assert synced == {(folder / place).stat().st_ino for place in places}
 
 
 async def test_metrics_tell_what_was_sealed(tmp_path: Path, redis: RedisClient) -> None:

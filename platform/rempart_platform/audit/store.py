@@ -14,7 +14,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 
 from rempart_platform.audit.chain import Segment
-from rempart_platform.object_store import ObjectStore
+from rempart_platform.object_store import ObjectStore, sync_to_disk
 
 STORE_ERRORS = (BaseError, OSError, TimeoutError)
 """What storage raises when it cannot serve."""
@@ -38,12 +38,17 @@ class SegmentStore:
         self._store = store
 
     async def put(self, segment: Segment) -> None:
-        """Keeps it. Again is harmless."""
+        """Keeps it, also beyond a loss of power. Again is harmless."""
+        await self._create(segment.path, segment.data)
+
+    async def _create(self, path: str, data: bytes) -> None:
         try:
-            await obstore.put_async(self._store, segment.path, segment.data, mode="create")
+            await obstore.put_async(self._store, path, data, mode="create")
         except AlreadyExistsError:
-            if await self.get(segment.path) != segment.data:
-                raise ForeignSegmentError(f"{segment.path} exists and is another") from None
+            if await self.get(path) != data:
+                raise ForeignSegmentError(f"{path} exists and is another") from None
+        # Also what was there already: an attempt may have ended between the two.
+        await asyncio.to_thread(sync_to_disk, self._store, path)
 
     async def get(self, path: str) -> bytes:
         """Raises ForeignSegmentError for an object too large to be a segment."""
