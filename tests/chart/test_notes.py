@@ -3,7 +3,20 @@
 import re
 import shlex
 
-from tests.chart.rendering import CHART, EVERYTHING, INGRESS, MODELS, PROVIDERS, SCALEWAY, Case, find, helm, render
+import pytest
+from tests.chart.rendering import (
+    CHART,
+    EVERYTHING,
+    INGRESS,
+    MODELS,
+    PROVIDERS,
+    SCALEWAY,
+    Case,
+    find,
+    helm,
+    pods,
+    render,
+)
 from typer.testing import CliRunner
 
 from rempart_platform.cli import app
@@ -23,7 +36,7 @@ def notes(case: Case) -> str:
 def test_there_are_three_and_they_name_what_is_there() -> None:
     text = notes(ON_A_CPU)
     assert re.findall(r"^(\d)\. ", text, re.MULTILINE) == ["1", "2", "3"]
-    named = set(re.findall(r"(deployment|service|secret)[ /](rempart\S*)", text))
+    named = set(re.findall(r"(deployment|service)/(rempart\S*)", text) + re.findall(r"(secret) (rempart\S*) -o", text))
     assert {kind for kind, _ in named} == {"deployment", "service", "secret"}
     for kind, name in named:
         assert find(render(ON_A_CPU), kind.capitalize(), name)
@@ -44,11 +57,30 @@ def test_the_commands_inside_the_router_are_ours() -> None:
         assert shown.exit_code == 0, shown.output
 
 
+@pytest.mark.parametrize("case", [ON_A_CPU, IN_KIND, Case((EVERYTHING,)), Case((SCALEWAY, INGRESS))], ids=str)
+def test_secrets_that_somebody_else_makes_are_asked_for(case: Case) -> None:
+    manifests = render(case)
+    made = {each["metadata"]["name"] for each in manifests if each["kind"] in {"Secret", "ExternalSecret"}}
+    named = re.findall(
+        r"'(?:secretName': '|secretKeyRef': \{'name': ')([^']+)'", str([pod for _, pod in pods(manifests)])
+    )
+    pulled = {each["name"] for _, pod in pods(manifests) for each in pod["spec"].get("imagePullSecrets", [])}
+    asked = re.findall(r"get secret ([a-z -]+)$", notes(case), re.MULTILINE)
+    assert {name for line in asked for name in line.split()} == {*named, *pulled} - made
+
+
 def test_public_names_and_what_is_open_are_told() -> None:
     assert "https://api.example.org/v1/completions" in notes(Case((SCALEWAY, INGRESS)))
     assert "networkPolicy.redis" not in notes(Case((SCALEWAY, INGRESS)))
     assert "narrow them when you know yours: networkPolicy.objectStorage." in notes(Case((SCALEWAY, INGRESS)))
     assert "narrow them" not in notes(Case((EVERYTHING,)))
+
+
+def test_requests_that_cannot_wait_for_a_start_from_zero_are_told() -> None:
+    assert re.findall(
+        r"^(\w+) starts from none in up to (\d+) s, .* (\d+) s at most", notes(Case((EVERYTHING,))), re.MULTILINE
+    ) == [("llama", "1508", "600")]
+    assert "starts from none" not in notes(ON_A_CPU)
 
 
 def test_the_built_in_redis_is_said_to_be_for_trials() -> None:

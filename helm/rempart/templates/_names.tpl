@@ -41,7 +41,7 @@ rempart/engine: {{ . }}
 {{- end -}}
 
 {{- define "rempart.redisSecretName" -}}
-{{- if and (eq .Values.redis.mode "external") (not (and .Values.externalSecrets.enabled .Values.externalSecrets.redisKey)) -}}
+{{- if and (eq .Values.redis.mode "external") (not .Values.externalSecrets.redisKey) -}}
 {{ .Values.redis.existingSecret }}
 {{- else -}}
 {{ include "rempart.fullname" . }}-redis
@@ -49,9 +49,26 @@ rempart/engine: {{ . }}
 {{- end -}}
 
 {{- define "rempart.objectStorageSecretName" -}}
-{{- if and .Values.externalSecrets.enabled .Values.externalSecrets.objectStorageKey -}}
+{{- if .Values.externalSecrets.objectStorageKey -}}
 {{ include "rempart.fullname" . }}-object-storage
 {{- else -}}
 {{ .Values.objectStorage.credentialsSecret }}
 {{- end -}}
+{{- end -}}
+
+{{/* Secrets that pods name and this chart does not bring, between spaces. */}}
+{{- define "rempart.secretsOfOthers" -}}
+{{- $names := concat .Values.images.pullSecrets (values .Values.router.secretFiles) -}}
+{{- $names = append $names .Values.secrets.existingSecret -}}
+{{- $external := .Values.externalSecrets -}}
+{{- if and (eq .Values.redis.mode "external") (not $external.redisKey) -}}
+{{- $names = append $names .Values.redis.existingSecret -}}
+{{- end -}}
+{{- if include "rempart.routerUsesStorage" . -}}
+{{- $names = append $names (ternary "" .Values.objectStorage.credentialsSecret (ne $external.objectStorageKey "")) -}}
+{{- end -}}
+{{- if or .Values.router.batchStore .Values.router.auditStore -}}
+{{- $names = append $names .Values.objectStorage.routerCredentialsSecret -}}
+{{- end -}}
+{{ $names | compact | uniq | sortAlpha | join " " }}
 {{- end -}}
