@@ -7,14 +7,15 @@
 #
 # FLAGS are those of `helm install`: -f deploy/providers/scaleway.yaml -f my-values.yaml --set ...
 # Needs helm; packing and pushing need skopeo, and packing models `rempart` with the access of their storage
-# (AWS_ACCESS_KEY_ID and so on). Inside, models go to the object storage with any S3 client, as they lie in models/.
+# (AWS_ACCESS_KEY_ID and so on). Inside, models go to the object storage with any S3 client: s3://BUCKET/PREFIX lies in
+# models/BUCKET/PREFIX.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
 chart=$here/../helm/rempart
 
 usage() {
-  sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
 
@@ -44,13 +45,17 @@ pack() {
     echo "$kind $what" >&2
     case $kind in
       image)
-        skopeo copy --all --quiet "docker://$what" "oci-archive:$folder/images/$(file_of "$what").tar"
-        echo "$what" >"$folder/images/$(file_of "$what").reference"
+        image=$folder/images/$(file_of "$what")
+        skopeo copy --all --preserve-digests --quiet "docker://$what" "dir:$image"
+        echo "$what" >"$image.reference"
         ;;
-      model) rempart fetch "$what" "$folder/models/$(basename "$what")" ;;
+      model)
+        model=${what#s3://} model=$folder/models/${model%/}
+        rempart fetch "$what" "$model"
+        rm -f "$model.lock"
+        ;;
     esac
   done
-  rm -f "$folder"/models/*.lock
   (cd "$folder" && find . -type f ! -name SHA256SUMS -exec sha256sum {} + | sort -k 2 >SHA256SUMS)
 }
 
@@ -58,9 +63,9 @@ push() {
   folder=$1 registry=$2
   (cd "$folder" && sha256sum --check --quiet SHA256SUMS)
   for reference in "$folder"/images/*.reference; do
-    name=$(name_of "$(cat "$reference")")
-    skopeo copy --all --quiet "oci-archive:${reference%.reference}.tar" "docker://$registry/${name%@*}"
-    echo "pushed $registry/${name%@*}" >&2
+    name=$registry/$(name_of "$(cat "$reference")")
+    skopeo copy --all --preserve-digests --quiet "dir:${reference%.reference}" "docker://$name"
+    echo "pushed $name" >&2
   done
   echo "helm install rempart $(ls "$folder"/rempart-*.tgz) -f VALUES --set images.registry=$registry --set images.redis.registry=$registry"
 }

@@ -15,7 +15,7 @@ FLAGS = ("-f", str(ROOT / "deploy/providers/kind.yaml"), "-f", str(ROOT / "deplo
 SKOPEO = """#!/bin/sh
 echo "skopeo $*" >>"$CALLS"
 for target; do :; done
-case $target in oci-archive:*) echo "image of $*" >"${target#oci-archive:}" ;; esac
+case $target in dir:*) mkdir -p "${target#dir:}" && echo "image of $*" >"${target#dir:}/manifest.json" ;; esac
 """
 REMPART = """#!/bin/sh
 echo "rempart $*" >>"$CALLS"
@@ -67,22 +67,43 @@ def test_every_image_of_every_pod_is_listed(environ: dict[str, str], model: str)
 def test_what_was_packed_is_pushed_to_the_cluster_registry(environ: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "packed"
     airgap(environ, "pack", str(folder), *FLAGS)
-    assert (folder / "models" / "SmolLM2-135M-Instruct" / "model.gguf").exists()
+    assert (folder / "models" / "models" / "SmolLM2-135M-Instruct" / "model.gguf").exists()
     said = airgap(environ, "push", str(folder), "registry.local:5000/ai")
     assert "--set images.registry=registry.local:5000/ai" in said
-    pushed = [call.split()[-1] for call in Path(environ["CALLS"]).read_text().splitlines() if " oci-archive:" in call]
-    targets = {each for each in pushed if each.startswith("docker://")}
-    assert targets == {
+    assert pushed(environ) == {
         "docker://registry.local:5000/ai/rempart-router:0.1.0",
         "docker://registry.local:5000/ai/rempart-engine:0.1.0-cpu",
         "docker://registry.local:5000/ai/valkey/valkey:8.1.1",
     }
 
 
+def pushed(environ: dict[str, str]) -> set[str]:
+    """Where images went; each as it was, or a digest that the values name would be another's."""
+    calls = [call.split() for call in Path(environ["CALLS"]).read_text().splitlines() if call.startswith("skopeo copy")]
+    assert calls
+    assert all({"--all", "--preserve-digests"} <= set(call) for call in calls)
+    return {call[-1] for call in calls if call[-1].startswith("docker://")}
+
+
+def test_an_image_that_is_named_by_its_digest_is_pushed_by_it(environ: dict[str, str], tmp_path: Path) -> None:
+    digest = f"sha256:{'ab' * 32}"
+    airgap(environ, "pack", str(tmp_path / "packed"), *FLAGS, "--set", f"images.router.digest={digest}")
+    airgap(environ, "push", str(tmp_path / "packed"), "registry.local:5000/ai")
+    assert f"docker://registry.local:5000/ai/rempart-router@{digest}" in pushed(environ)
+
+
+def test_models_of_the_same_last_name_lie_apart(environ: dict[str, str], tmp_path: Path) -> None:
+    other = '{"model": {"name": "x"}, "weights": {"source": "s3://models/x/v1"}}'
+    more = ("--set", "engines.smollm2.weights.source=s3://models/smollm2/v1", "--set-json", f"engines.other={other}")
+    airgap(environ, "pack", str(tmp_path / "packed"), *FLAGS, *more)
+    found = {path.parent.relative_to(tmp_path / "packed").as_posix() for path in tmp_path.glob("packed/**/model.gguf")}
+    assert found == {"models/models/x/v1", "models/models/smollm2/v1"}
+
+
 def test_a_folder_that_was_changed_on_its_way_is_not_pushed(environ: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "packed"
     airgap(environ, "pack", str(folder), *FLAGS)
-    next((folder / "images").glob("*.tar")).write_text("something else")
+    next((folder / "images").glob("*/manifest.json")).write_text("something else")
     calls = Path(environ["CALLS"]).read_text()
     airgap(environ, "push", str(folder), "registry.local:5000", exit_code=1)
     assert Path(environ["CALLS"]).read_text() == calls
