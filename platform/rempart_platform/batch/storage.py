@@ -9,9 +9,10 @@ jobs/<tenant>/<job>/lines/<number>       the answer of a line that is large, unt
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError, GenericError
 
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.object_store import ObjectStore, remove_unfinished
@@ -41,7 +42,7 @@ class BatchStorage:
         """Keeps the content unless something is there already, which then stays. Returns whether it was kept."""
         with _our_errors():
             try:
-                await obstore.put_async(self._store, path, content, mode="create")
+                await self._put(path, content, mode="create")
             except AlreadyExistsError:
                 return False
         return True
@@ -49,7 +50,17 @@ class BatchStorage:
     async def put_stream(self, path: str, pieces: AsyncIterator[bytes]) -> None:
         """Keeps all that comes, in place of what was there. Nothing changes when it fails or is cancelled."""
         with _our_errors():
-            await obstore.put_async(self._store, path, pieces, max_concurrency=_PARTS_IN_FLIGHT)
+            await self._put(path, pieces, max_concurrency=_PARTS_IN_FLIGHT)
+
+    async def _put(self, path: str, content: bytes | AsyncIterator[bytes], **options: Any) -> None:
+        while True:
+            try:
+                await obstore.put_async(self._store, path, content, **options)
+            except GenericError as error:
+                if not _has_lost_its_folder(error):
+                    raise
+            else:
+                return
 
     async def get(self, path: str) -> bytes:
         with _our_errors():
@@ -110,6 +121,14 @@ def shard_path(tenant: str, job_id: str, number: int) -> str:
 
 def answer_path(tenant: str, job_id: str, number: int) -> str:
     return f"{job_prefix(tenant, job_id)}/lines/{number:06d}"
+
+
+def _has_lost_its_folder(error: GenericError) -> bool:
+    """A folder went with its last object while the store made another below it, and nothing of the content was taken.
+
+    obstore has no name for that.
+    """
+    return "Unable to create dir" in str(error) and "No such file" in str(error)
 
 
 @contextmanager
