@@ -68,7 +68,7 @@ async def rig(engine: FakeEngine, rows: int = 1, **config: int) -> AsyncIterator
         session = SessionConfig(backoff_initial_s=0.01)
         pool = EnginePool(StaticSource([engine.address]), session, random.Random(1), lambda state: ready.set())
         task = asyncio.create_task(pool.run())
-        await asyncio.wait_for(ready.wait(), 10)
+        await asyncio.wait_for(ready.wait(), 30)
         queue_config = replace(QueueConfig(), **config)  # type: ignore[arg-type]  # the tests name its fields
         async with open_fair_queue(redis, queue_config, observer, capacity) as queue:
             dispatcher = Dispatcher(
@@ -98,9 +98,11 @@ async def test_no_engine_is_given_more_than_it_has_room_for() -> None:
         most = max(most, r.engine.num_running)
         return 97
 
-    async with rig(FakeEngine(token=token), rows=3) as r:
-        results = await asyncio.gather(*(r.run(request(f"r{number}")) for number in range(20)))
-        assert [events[-1] for events in results] == [Usage(3, 20)] * 20
+    async with rig(FakeEngine(token=token, faults=Faults(hang_at=0)), rows=3) as r:
+        asked = [asyncio.create_task(r.run(request(f"r{number}"))) for number in range(20)]
+        await r.engine.wait_for(lambda: r.engine.num_running == 3)
+        r.engine.faults = Faults()
+        assert [events[-1] for events in await asyncio.gather(*asked)] == [Usage(3, 20)] * 20
         await r.assert_nothing_is_left()
     assert most == 3
     assert r.observer.counts["entered"] >= 1

@@ -49,7 +49,7 @@ class Rig:
         """Starts these, and returns once they wait."""
         wanted = (self.gauge("requests_held") or 0) + len(requests)
         tasks = [asyncio.create_task(self.run(each)) for each in requests]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while self.gauge("requests_held") != wanted:
                 self.held.clear()
                 await self.held.wait()

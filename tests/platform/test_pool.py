@@ -39,7 +39,7 @@ class Rig:
         self._num_requests = 0
 
     async def wait_for(self, predicate: Callable[[tuple[EndpointState, ...]], bool]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not predicate(self.pool.states()):
                 self._changed.clear()
                 await self._changed.wait()
@@ -287,6 +287,7 @@ async def test_streams_of_an_endpoint_that_leaves_go_on_to_their_end(is_gone: bo
         source.tell(r.engines)
         await r.wait_for(lambda states: len(ready(states)) == 2)
         with r.pool.pick(PickRequest("fake", words(0, 100)), avoid=[two.address]) as attempt:
+            one.faults = Faults(hang_at=10)
             stream = attempt.generate(stream_request(max_tokens=300))
             with stream:
                 received = list(await anext(events := aiter(stream)))
@@ -294,6 +295,7 @@ async def test_streams_of_an_endpoint_that_leaves_go_on_to_their_end(is_gone: bo
                 await r.wait_for(lambda states: ready(states) == {two.address})
                 assert {(await r.run(words(seed, 10)))[0] for seed in range(5)} == {two.address}
                 assert one.num_running == 1
+                one.faults = Faults()
                 received += [event async for batch in events for event in batch]
             assert len(received) == 300
             assert len(r.pool.states()) == 2
@@ -357,7 +359,7 @@ async def test_no_more_engines_are_connected_to_at_a_time_than_allowed() -> None
         source = StaticSource(engine.address for engine in engines)
         pool = EnginePool(source, SessionConfig(max_connecting=3), random.Random(1), lambda _: changed.set())
         running = asyncio.create_task(pool.run())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while len(ready(pool.states())) < len(engines):
                 changed.clear()
                 await changed.wait()

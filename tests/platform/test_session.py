@@ -33,7 +33,7 @@ class Changes:
             self._changed.notify_all()
 
     async def wait_for(self, predicate: Callable[[EndpointState], bool]) -> EndpointState:
-        async with asyncio.timeout(10), self._changed:
+        async with asyncio.timeout(30), self._changed:
             await self._changed.wait_for(lambda: bool(self.seen) and predicate(self.seen[-1]))
         return self.seen[-1]
 

@@ -139,7 +139,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         """Routers that are connected."""
         return len(self._sessions)
 
-    async def wait_for(self, predicate: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    async def wait_for(self, predicate: Callable[[], bool], timeout_s: float = 30.0) -> None:
         """Waits until something holds for this engine. Raises TimeoutError."""
         async with asyncio.timeout(timeout_s):
             while not predicate():
