@@ -25,7 +25,7 @@ import ssl
 import struct
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -58,8 +58,8 @@ OBJECT_STORAGE = {"AWS_ACCESS_KEY_ID": "access", "AWS_SECRET_ACCESS_KEY": "secre
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 NUM_STREAMS, NUM_STREAM_TOKENS = 4, 96
 _PROBE_EVERY_S = 0.25
-_MAX_UNREADY_S = 150.0
-"""Of a router that waits for its engine, which compiles for a minute on a machine where it never ran."""
+_MAX_UNREADY_S = 300.0
+"""Of a router that waits for its engine, which compiles for minutes on a slow machine where it never ran."""
 # Builds a root file system of the node's folders, read-only, with the container's volumes on it, and enters it.
 _ENTER = """
 set -eu
@@ -99,6 +99,8 @@ class Report:
     """By pod, from SIGTERM to its end."""
     within_grace: dict[str, bool] = field(default_factory=dict)
     was_unready_while_draining: dict[str, bool] = field(default_factory=dict)
+    num_streams_at_sigterm: dict[str, int] = field(default_factory=dict)
+    """By pod, streams through it that had begun and not ended."""
     stream_tokens: dict[str, list[int]] = field(default_factory=dict)
     """By the pod that drained meanwhile: tokens of each stream that ended as it should."""
     answered_in_pre_stop: dict[str, bool] = field(default_factory=dict)
@@ -199,9 +201,9 @@ class Pod:
         """
         began = time.monotonic()
         startup = self.container["startupProbe"]
-        await self._pass("startupProbe", startup["failureThreshold"] * startup["periodSeconds"])
+        await self._pass("startupProbe", _patience_s(startup))
         await self._pass("readinessProbe", _MAX_UNREADY_S)
-        await self._pass("livenessProbe", 0.0)
+        await self._pass("livenessProbe", _patience_s(self.container["livenessProbe"]))
         return time.monotonic() - began
 
     async def _pass(self, kind: str, timeout_s: float) -> None:
@@ -309,6 +311,11 @@ class Pod:
         folder = self._folder / "volumes" / volume
         folder.mkdir(parents=True)
         return folder
+
+
+def _patience_s(probe: Manifest) -> float:
+    """For how long the kubelet asks before it believes a probe that fails."""
+    return float(probe["failureThreshold"] * probe["periodSeconds"])
 
 
 def _expand(word: str, environ: Mapping[str, str]) -> str:
@@ -494,16 +501,29 @@ class Node:
         await test.run()
         self._report.helm_test_exit_code = await test.finish()
 
-    async def drain(self, pod: Pod, client: AsyncOpenAI, *, still_serves: bool) -> None:
-        """As the kubelet ends a pod, with streams running through it."""
-        began = [asyncio.Event() for _ in range(NUM_STREAMS)]
-        streams = [asyncio.create_task(long_stream(client, self.model, each)) for each in began]
-        await asyncio.wait({asyncio.create_task(each.wait()) for each in began} | set(streams), timeout=60)
-        await asyncio.gather(*(each.wait() for each in began))
-        if still_serves:
-            in_time = asyncio.create_task(capital_of_france(client, self.model))
-            self._report.answered_in_pre_stop[pod.name] = "Paris" in await in_time
+    async def drain(
+        self,
+        pod: Pod,
+        client: AsyncOpenAI,
+        *,
+        still_serves: bool = False,
+        on_streams: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """As the kubelet ends a pod, with streams running through it: such as come when preStop is over.
+
+        Args:
+            pod: to be ended.
+            client: asks for the streams.
+            still_serves: an answer is asked for before SIGTERM, too.
+            on_streams: what else happens to the cluster when they run.
+        """
         await pod.pre_stop()
+        if still_serves:
+            self._report.answered_in_pre_stop[pod.name] = "Paris" in await capital_of_france(client, self.model)
+        streams = await self._begin_streams(client)
+        if on_streams is not None:
+            await on_streams()
+        self._report.num_streams_at_sigterm[pod.name] = sum(not stream.done() for stream in streams)
         terminated = time.monotonic()
         pod.terminate()
         ended = asyncio.create_task(pod.finish())
@@ -514,6 +534,17 @@ class Node:
         self._report.within_grace[pod.name] = spent < pod.spec["terminationGracePeriodSeconds"]
         self._report.stream_tokens[pod.name] = list(await asyncio.gather(*streams))
 
+    async def _begin_streams(self, client: AsyncOpenAI) -> list[asyncio.Task[int]]:
+        """Returns when each has begun, or raises what one of them raises."""
+        began = [asyncio.Event() for _ in range(NUM_STREAMS)]
+        streams = [asyncio.create_task(long_stream(client, self.model, each)) for each in began]
+        for stream, has_begun in zip(streams, began, strict=True):
+            waits = asyncio.create_task(has_begun.wait())
+            await asyncio.wait({stream, waits}, return_when=asyncio.FIRST_COMPLETED)
+            if not has_begun.is_set():
+                await stream
+        return streams
+
     def _make(self, name: str, spec: Manifest) -> Pod:
         pod = Pod(name, spec, self._cluster, self._account)
         self.pods.append(pod)
@@ -522,12 +553,12 @@ class Node:
 
 async def _turns_unready(pod: Pod) -> bool:
     """Whether its readiness probe fails before it is gone, as soon as the kubelet would notice."""
-    probe = pod.container["readinessProbe"]
-    for _ in range(probe["failureThreshold"] + 1):
+    ends = time.monotonic() + _patience_s(pod.container["readinessProbe"])
+    while await pod.passes("readinessProbe"):
+        if time.monotonic() > ends:
+            return False
         await asyncio.sleep(_PROBE_EVERY_S)
-        if not await pod.passes("readinessProbe"):
-            return True
-    return False
+    return True
 
 
 async def run(manifests: Sequence[Manifest], model: Path, folder: Path) -> Report:
@@ -563,20 +594,12 @@ async def _live(node: Node, cluster: Cluster, report: Report) -> None:
     report.answer = await capital_of_france(client, node.model)
     await node.drain(router, client, still_serves=True)
     await node.start_until_ready("router", "second-router")
-    await node.tell_endpoint(is_ready=True)
-    streams_then_gone = asyncio.create_task(_terminating_soon(node))
-    await node.drain(engine, client, still_serves=False)
-    await streams_then_gone
+    await node.drain(engine, client, on_streams=lambda: node.tell_endpoint(is_ready=False))
 
 
 async def _router_over(node: Node, name: str) -> Pod:
     await node.tell_endpoint(is_ready=True)
     return await node.start_until_ready("router", name)
-
-
-async def _terminating_soon(node: Node) -> None:
-    await asyncio.sleep(2)
-    await node.tell_endpoint(is_ready=False)
 
 
 def main(manifests: str, model: str, folder: str) -> None:
