@@ -178,6 +178,23 @@ def test_a_redis_that_dies_ends_everything_and_is_named(up: Up, own_tmp: Path) -
     assert "the Redis server ended with -9" in platform.log_path.read_text()
 
 
+def test_an_answer_that_nobody_reads_ends_everything_in_order(up: Up, own_tmp: Path, tmp_path: Path) -> None:
+    (tmp_path / "polite_engine.py").write_text(
+        "import os, runpy, signal\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (os.write(2, b'it was asked to end'), os._exit(0)))\n"
+        f"runpy.run_module('{FAKE_ENGINE}', run_name='__main__')\n"
+    )
+    with up(engine_module="polite_engine") as platform:
+        assert platform.process.stdout is not None
+        platform.process.stdout.close()
+        assert platform.process.wait(30) == 1
+    assert_nothing_is_left([], own_tmp)
+    assert platform.log_path.read_text().splitlines() == [
+        "engine 1 | it was asked to end",
+        "rempart up: [Errno 32] Broken pipe",
+    ]
+
+
 def test_an_engine_that_cannot_start_is_reported_with_the_end_of_its_log(up: Up, tmp_path: Path) -> None:
     (tmp_path / "broken_engine.py").write_text("import sys; sys.exit('no such weights')")
     with up(engine_module="broken_engine") as platform:

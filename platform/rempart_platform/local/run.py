@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Never
 
 from rempart_platform.console.admin_client import open_admin
 from rempart_platform.local.child_process import ChildObserver, Children
@@ -89,6 +90,8 @@ class LocalPlatform:
         Raises:
             LocalConfigError: a port is taken, or the audit log cannot be where it is to be.
             EmbeddedRedisError: Redis is not installed or does not start.
+            grpc.aio.AioRpcError: the router makes no demo tenant.
+            OSError: nobody can be told.
         """
         require_free_ports(self._config)
         require_audit_store(self._config)
@@ -97,20 +100,25 @@ class LocalPlatform:
             return refusal
         async with _state() as (redis, batch_folder), asyncio.TaskGroup() as tasks:
             engines, router = Children(tasks, self._observer), Children(tasks, self._observer)
-            serving = tasks.create_task(self._serve(redis, batch_folder, engines, router, announce))
+            # In no group: should it fail, the others must live on to end in order.
+            serving = asyncio.create_task(self._serve(redis, batch_folder, engines, router, announce))
             deaths = [tasks.create_task(_first_death(children)) for children in (engines, router)]
             deaths.append(tasks.create_task(_redis_death(redis)))
             asked = tasks.create_task(stop.drain.wait())
             try:
-                await asyncio.wait({asked, *deaths}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({serving, asked, *deaths}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 died = [task.result() for task in deaths if task.done()]
+                is_broken = bool(died) or serving.done()
                 for task in (serving, asked, *deaths):
                     task.cancel()
                 await asyncio.wait({serving})  # from here on, no child is started
                 async with _hurried(stop, engines, router):
                     for children in (router, engines):
-                        await children.stop(_CLEAN_UP_S if died else _DRAIN_S)
+                        await children.stop(_CLEAN_UP_S if is_broken else _DRAIN_S)
+        failure = None if serving.cancelled() else serving.exception()
+        if failure is not None and not died:
+            raise failure
         return died[0] if died else None
 
     async def _refusal(self, stop: StopRequests) -> str | None:
@@ -138,7 +146,8 @@ class LocalPlatform:
         engines: Children,
         router: Children,
         announce: Callable[[RunningPlatform], None],
-    ) -> None:
+    ) -> Never:
+        """Until cancelled."""
         config, own_secrets = self._config, LocalSecrets()
         started = [
             await engines.start(engine_command(config, number, self._environ))
@@ -164,6 +173,8 @@ class LocalPlatform:
                 admin_key=own_secrets.admin_key,
             )
         )
+        while True:
+            await asyncio.Event().wait()
 
 
 @asynccontextmanager

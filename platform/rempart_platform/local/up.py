@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from enum import IntEnum
 from functools import partial
 
+import grpc.aio
 from rich.console import Console
 
-from rempart_platform.local.config import VERIFY, LocalConfig, LocalConfigError
+from rempart_platform.console.rpc_failure import describe
+from rempart_platform.local.config import HOST, VERIFY, LocalConfig, LocalConfigError
 from rempart_platform.local.run import LocalPlatform, RunningPlatform, StopRequests
 from rempart_platform.local.startup_view import StartupView
 from rempart_platform.local.welcome import ready_line, welcome
@@ -38,7 +40,9 @@ def up(config: LocalConfig, environ: Mapping[str, str], program: str, *, as_json
             return asyncio.run(_up(config, environ, view, ready_line if as_json else partial(welcome, program=program)))
     except LocalConfigError as error:
         return _failed(console, str(error), ExitCode.BAD_SETTING)
-    except EmbeddedRedisError as error:
+    except grpc.aio.AioRpcError as error:
+        return _failed(console, describe(error, HOST), ExitCode.FAILED)
+    except (EmbeddedRedisError, OSError) as error:
         return _failed(console, str(error), ExitCode.FAILED)
 
 
