@@ -101,3 +101,13 @@ class RempartError(Exception):
 
 class EngineLostError(RempartError):
     """UNAVAILABLE: an engine went away with the request, which may be what ended it."""
+
+
+def invalid_request(message: str, param: str | None = None) -> RempartError:
+    """The caller's own mistake, in the field `param`."""
+    return RempartError(ErrorKind.INVALID_REQUEST, message, param=param)
+
+
+def internal_error() -> RempartError:
+    """A mistake of ours, of which the caller is told no more."""
+    return RempartError(ErrorKind.INTERNAL, "The server had an error while processing the request.")

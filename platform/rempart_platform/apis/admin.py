@@ -4,18 +4,17 @@
 import logging
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager, nullcontext
-from typing import Any, TypeAlias
 
-import grpc
 from google.protobuf.message import Message
 
 from rempart_platform.aliases import means_models
+from rempart_platform.apis.grpc_call import Context, metadata_of
 from rempart_platform.apis.grpc_errors import error_status
 from rempart_platform.apis.grpc_render import tier_message
 from rempart_platform.apis.services import AdminAuthenticator, bearer_token
 from rempart_platform.audit.log import AuditLog
 from rempart_platform.audit.records import cut
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import RempartError, internal_error, invalid_request
 from rempart_platform.generation import ServiceTier
 from rempart_platform.tenancy.api_keys import ApiKey, ApiKeyStore
 from rempart_platform.tenancy.limits import LIMITS, LimitChange
@@ -26,10 +25,8 @@ from rempart_platform.tenancy.tenants import Tenant, TenantLimits, TenantRegistr
 from rempart_platform.tenancy.usage import UsageReader
 from rempart_protos.v1 import admin_pb2, admin_pb2_grpc
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
-# Any: one context type serves methods of all message types.
-_Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 _TIER_NUMBERS = frozenset(int(tier) for tier in ServiceTier)
 
 
@@ -56,7 +53,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         self._audit = audit
         self._aliases = frozenset(aliases)
 
-    async def CreateTenant(self, request: admin_pb2.CreateTenantRequest, context: _Context) -> admin_pb2.Tenant:
+    async def CreateTenant(self, request: admin_pb2.CreateTenantRequest, context: Context) -> admin_pb2.Tenant:
         async with self._act(context, request, "create_tenant", tenant=request.name):
             if request.plan:
                 await self._plans.get(request.plan)
@@ -64,13 +61,13 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             return _tenant_message(await self._tenants.create(request.name, limits, request.plan, standing))
 
     async def ListTenants(
-        self, request: admin_pb2.ListTenantsRequest, context: _Context
+        self, request: admin_pb2.ListTenantsRequest, context: Context
     ) -> admin_pb2.ListTenantsResponse:
         async with self._act(context, request, "list_tenants"):
             tenants = await self._tenants.list()
             return admin_pb2.ListTenantsResponse(tenants=[_tenant_message(tenant) for tenant in tenants])
 
-    async def SetTenantLimits(self, request: admin_pb2.SetTenantLimitsRequest, context: _Context) -> admin_pb2.Tenant:
+    async def SetTenantLimits(self, request: admin_pb2.SetTenantLimitsRequest, context: Context) -> admin_pb2.Tenant:
         async with self._act(context, request, "set_tenant_limits", tenant=request.tenant):
             change = LimitChange(_limits(request.limits), tuple(request.unset), request.model)
             if change.written():  # what an alias has from the time when it was a model can be unset
@@ -78,19 +75,19 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             return _tenant_message(await self._tenants.change(request.tenant, change))
 
     async def SetTenantStanding(
-        self, request: admin_pb2.SetTenantStandingRequest, context: _Context
+        self, request: admin_pb2.SetTenantStandingRequest, context: Context
     ) -> admin_pb2.Tenant:
         async with self._act(context, request, "set_tenant_standing", tenant=request.tenant):
             change = StandingChange(_standing(request.standing), tuple(request.unset))
             return _tenant_message(await self._tenants.change(request.tenant, change))
 
-    async def SetTenantPlan(self, request: admin_pb2.SetTenantPlanRequest, context: _Context) -> admin_pb2.Tenant:
+    async def SetTenantPlan(self, request: admin_pb2.SetTenantPlanRequest, context: Context) -> admin_pb2.Tenant:
         async with self._act(context, request, "set_tenant_plan", tenant=request.tenant, plan=request.plan):
             if request.plan:
                 await self._plans.get(request.plan)
             return _tenant_message(await self._tenants.set_plan(request.tenant, request.plan))
 
-    async def IssueKey(self, request: admin_pb2.IssueKeyRequest, context: _Context) -> admin_pb2.IssueKeyResponse:
+    async def IssueKey(self, request: admin_pb2.IssueKeyRequest, context: Context) -> admin_pb2.IssueKeyResponse:
         async with self._act(context, request, "issue_key", tenant=request.tenant) as fields:
             tenant = await self._tenants.get(request.tenant)
             limits = _limits(request.limits)
@@ -100,13 +97,13 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             await self._tenants.change(tenant.name, LimitChange(limits, key_id=issued.key_id))
             return admin_pb2.IssueKeyResponse(key=issued.key, key_id=issued.key_id)
 
-    async def ListKeys(self, request: admin_pb2.ListKeysRequest, context: _Context) -> admin_pb2.ListKeysResponse:
+    async def ListKeys(self, request: admin_pb2.ListKeysRequest, context: Context) -> admin_pb2.ListKeysResponse:
         async with self._act(context, request, "list_keys", tenant=request.tenant):
             tenant = await self._tenants.get(request.tenant)
             keys = [_key_message(key, tenant) for key in await self._keys.list(tenant.name)]
             return admin_pb2.ListKeysResponse(keys=keys)
 
-    async def SetKeyLimits(self, request: admin_pb2.SetKeyLimitsRequest, context: _Context) -> admin_pb2.ApiKey:
+    async def SetKeyLimits(self, request: admin_pb2.SetKeyLimitsRequest, context: Context) -> admin_pb2.ApiKey:
         async with self._act(context, request, "set_key_limits", key_id=request.key_id) as fields:
             key = await self._keys.get(request.key_id)
             fields["tenant"] = key.tenant
@@ -115,13 +112,13 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
                 key = await self._keys.set_expiry(key.key_id, request.expires_s)
             return _key_message(key, await self._tenants.change(key.tenant, change))
 
-    async def RevokeKey(self, request: admin_pb2.RevokeKeyRequest, context: _Context) -> admin_pb2.RevokeKeyResponse:
+    async def RevokeKey(self, request: admin_pb2.RevokeKeyRequest, context: Context) -> admin_pb2.RevokeKeyResponse:
         async with self._act(context, request, "revoke_key", key_id=request.key_id) as fields:
             fields["tenant"] = tenant = (await self._keys.revoke(request.key_id)).tenant
             await self._tenants.change(tenant, LimitChange(unset=LIMITS, key_id=request.key_id))
             return admin_pb2.RevokeKeyResponse()
 
-    async def GetUsage(self, request: admin_pb2.GetUsageRequest, context: _Context) -> admin_pb2.GetUsageResponse:
+    async def GetUsage(self, request: admin_pb2.GetUsageRequest, context: Context) -> admin_pb2.GetUsageResponse:
         tenant = request.tenant if request.HasField("tenant") else None
         async with self._act(context, request, "get_usage", tenant=tenant or ""):
             records = [
@@ -139,11 +136,11 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             ]
             return admin_pb2.GetUsageResponse(records=records, currency=(await self._prices.read()).currency)
 
-    async def SetPlan(self, request: admin_pb2.SetPlanRequest, context: _Context) -> admin_pb2.Plan:
+    async def SetPlan(self, request: admin_pb2.SetPlanRequest, context: Context) -> admin_pb2.Plan:
         async with self._act(context, request, "set_plan", plan=request.name):
             if request.standing.HasField("cache_group"):
                 text = "A plan has no 'cache_group': who shares a cache is decided tenant by tenant."
-                raise RempartError(ErrorKind.INVALID_REQUEST, text, param="standing.cache_group")
+                raise invalid_request(text, "standing.cache_group")
             of_standing = tuple(name for name in request.unset if name in STANDING)
             of_limits = tuple(name for name in request.unset if name not in STANDING)
             standing = StandingChange(_standing(request.standing), of_standing)
@@ -152,21 +149,20 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
                 self._require_no_alias(request.model, "model")
             return _plan_message(await self._plans.set(request.name, limits, standing))
 
-    async def ListPlans(self, request: admin_pb2.ListPlansRequest, context: _Context) -> admin_pb2.ListPlansResponse:
+    async def ListPlans(self, request: admin_pb2.ListPlansRequest, context: Context) -> admin_pb2.ListPlansResponse:
         async with self._act(context, request, "list_plans"):
             return admin_pb2.ListPlansResponse(plans=[_plan_message(plan) for plan in await self._plans.list()])
 
-    async def RemovePlan(self, request: admin_pb2.RemovePlanRequest, context: _Context) -> admin_pb2.RemovePlanResponse:
+    async def RemovePlan(self, request: admin_pb2.RemovePlanRequest, context: Context) -> admin_pb2.RemovePlanResponse:
         async with self._act(context, request, "remove_plan", plan=request.name):
             await self._plans.get(request.name)
             for tenant in await self._tenants.list():
                 if tenant.plan == request.name:
-                    text = f"The tenant '{tenant.name}' has this plan."
-                    raise RempartError(ErrorKind.INVALID_REQUEST, text, param="name")
+                    raise invalid_request(f"The tenant '{tenant.name}' has this plan.", "name")
             await self._plans.remove(request.name)
             return admin_pb2.RemovePlanResponse()
 
-    async def SetPrice(self, request: admin_pb2.SetPriceRequest, context: _Context) -> admin_pb2.PriceList:
+    async def SetPrice(self, request: admin_pb2.SetPriceRequest, context: Context) -> admin_pb2.PriceList:
         async with self._act(context, request, "set_price", model=request.price.model):
             if request.HasField("price"):
                 price = request.price
@@ -177,24 +173,24 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
                 await self._prices.set_currency(request.currency)
             return _prices_message(await self._prices.read())
 
-    async def ListPrices(self, request: admin_pb2.ListPricesRequest, context: _Context) -> admin_pb2.PriceList:
+    async def ListPrices(self, request: admin_pb2.ListPricesRequest, context: Context) -> admin_pb2.PriceList:
         async with self._act(context, request, "list_prices"):
             return _prices_message(await self._prices.read())
 
     def _require_no_alias(self, model: str, param: str) -> None:
         if model in self._aliases:
-            raise RempartError(ErrorKind.INVALID_REQUEST, f"{means_models(model)}.", param=param)
+            raise invalid_request(f"{means_models(model)}.", param)
 
-    async def _who(self, context: _Context, fields: dict[str, str]) -> str:
+    async def _who(self, context: Context, fields: dict[str, str]) -> str:
         try:
-            return await self._authenticator.authenticate(_bearer(context))
+            return await self._authenticator.authenticate(bearer_token(metadata_of(context, "authorization")))
         except RempartError as error:
             if self._audit is not None:
                 self._audit.act_refused(fields, error.kind.name.lower())
             raise
 
     @asynccontextmanager
-    async def _act(self, context: _Context, request: Message, act: str, **named: str) -> AsyncIterator[dict[str, str]]:
+    async def _act(self, context: Context, request: Message, act: str, **named: str) -> AsyncIterator[dict[str, str]]:
         """Authenticates, audits, turns errors into the call's status, and logs how it ended."""
         # What a caller wrote is cut: a log line is no place for a megabyte.
         fields = {"act": act, "peer": context.peer()}
@@ -210,17 +206,10 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             await context.abort_with_status(error_status(error))
         except Exception:
             outcome = "internal"
-            logger.exception("an admin act failed", extra={"fields": fields})
-            await context.abort_with_status(
-                error_status(RempartError(ErrorKind.INTERNAL, "The service failed to answer."))
-            )
+            _logger.exception("an admin act failed", extra={"fields": fields})
+            await context.abort_with_status(error_status(internal_error()))
         finally:
-            logger.info("admin act", extra={"fields": fields | {"outcome": outcome}})
-
-
-def _bearer(context: _Context) -> str:
-    metadata = dict(context.invocation_metadata() or ())
-    return bearer_token(str(metadata.get("authorization", "")))
+            _logger.info("admin act", extra={"fields": fields | {"outcome": outcome}})
 
 
 def _limits(limits: admin_pb2.TenantLimits) -> TenantLimits:
@@ -231,8 +220,7 @@ def _standing(standing: admin_pb2.Standing) -> OwnStanding:
     max_tier = None
     if standing.HasField("max_tier"):
         if standing.max_tier not in _TIER_NUMBERS:
-            text = "'max_tier' must be one of priority, default, flex, batch."
-            raise RempartError(ErrorKind.INVALID_REQUEST, text, param="standing.max_tier")
+            raise invalid_request("'max_tier' must be one of priority, default, flex, batch.", "standing.max_tier")
         max_tier = ServiceTier(standing.max_tier)
     return OwnStanding(
         weight=standing.weight if standing.HasField("weight") else None,

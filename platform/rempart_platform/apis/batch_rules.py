@@ -7,7 +7,7 @@ from typing import Final, TypeVar
 
 from rempart_platform.apis.services import ApiServices
 from rempart_platform.batch.values import Batches, BatchLimits, Files, StoredFile
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import ErrorKind, RempartError, invalid_request
 
 ENDPOINTS: Final = ("/v1/chat/completions", "/v1/completions")
 PURPOSE: Final = "batch"
@@ -59,16 +59,16 @@ def check_batch_id(batch_id: str) -> str:
 def check_filename(filename: str, *, param: str) -> str:
     """Raises RempartError INVALID_REQUEST."""
     if not 1 <= len(filename) <= MAX_FILENAME_CHARS:
-        raise _invalid(f"A file's name must have 1 to {MAX_FILENAME_CHARS} characters.", param)
+        raise invalid_request(f"A file's name must have 1 to {MAX_FILENAME_CHARS} characters.", param)
     if any(unicodedata.category(each) in _CONTROLS for each in filename):
-        raise _invalid("A file's name must not have control characters.", param)
+        raise invalid_request("A file's name must not have control characters.", param)
     return filename
 
 
 def check_purpose(purpose: str | None) -> str:
     """Raises RempartError INVALID_REQUEST."""
     if purpose != PURPOSE:
-        raise _invalid(f"'purpose' must be '{PURPOSE}': files are for batch jobs here.", "purpose")
+        raise invalid_request(f"'purpose' must be '{PURPOSE}': files are for batch jobs here.", "purpose")
     return purpose
 
 
@@ -77,14 +77,14 @@ def check_lifetime_s(seconds: int, limits: BatchLimits, *, param: str) -> int:
     most = limits.max_file_lifetime_s
     if not MIN_LIFETIME_S <= seconds <= most:
         message = f"'{param}' must be between {MIN_LIFETIME_S} and {most} seconds (limit max_file_lifetime_s)."
-        raise _invalid(message, param)
+        raise invalid_request(message, param)
     return seconds
 
 
 def check_endpoint(endpoint: str) -> str:
     """Raises RempartError INVALID_REQUEST."""
     if endpoint not in ENDPOINTS:
-        raise _invalid(f"'endpoint' must be one of {', '.join(ENDPOINTS)}.", "endpoint")
+        raise invalid_request(f"'endpoint' must be one of {', '.join(ENDPOINTS)}.", "endpoint")
     return endpoint
 
 
@@ -95,7 +95,7 @@ def parse_window_s(window: str, limits: BatchLimits) -> int:
     if not 0 < seconds <= limits.max_completion_window_s:
         longest = window_text(limits.max_completion_window_s)
         message = f"'completion_window' must be hours, from '1h' to '{longest}' (limit max_completion_window_s)."
-        raise _invalid(message, "completion_window")
+        raise invalid_request(message, "completion_window")
     return seconds
 
 
@@ -107,12 +107,16 @@ def window_text(seconds: int) -> str:
 def check_metadata(metadata: Mapping[str, str]) -> Mapping[str, str]:
     """Raises RempartError INVALID_REQUEST."""
     if len(metadata) > MAX_METADATA_PAIRS:
-        raise _invalid(f"'metadata' has {len(metadata)} pairs; at most {MAX_METADATA_PAIRS} are allowed.", "metadata")
+        raise invalid_request(
+            f"'metadata' has {len(metadata)} pairs; at most {MAX_METADATA_PAIRS} are allowed.", "metadata"
+        )
     for key, value in metadata.items():
         if not 1 <= len(key) <= MAX_METADATA_KEY_CHARS:
-            raise _invalid(f"Keys of 'metadata' must have 1 to {MAX_METADATA_KEY_CHARS} characters.", "metadata")
+            raise invalid_request(f"Keys of 'metadata' must have 1 to {MAX_METADATA_KEY_CHARS} characters.", "metadata")
         if len(value) > MAX_METADATA_VALUE_CHARS:
-            raise _invalid(f"Values of 'metadata' must have at most {MAX_METADATA_VALUE_CHARS} characters.", "metadata")
+            raise invalid_request(
+                f"Values of 'metadata' must have at most {MAX_METADATA_VALUE_CHARS} characters.", "metadata"
+            )
     return metadata
 
 
@@ -128,7 +132,7 @@ def check_batches_per_page(limit: int | None) -> int:
 
 def _check_page_size(limit: int, most: int) -> int:
     if not 1 <= limit <= most:
-        raise _invalid(f"'limit' must be between 1 and {most}.", "limit")
+        raise invalid_request(f"'limit' must be between 1 and {most}.", "limit")
     return limit
 
 
@@ -142,7 +146,7 @@ def page_of(files: Sequence[StoredFile], *, after: str, size: int) -> tuple[Sequ
     if after:
         ids = [each.file_id for each in files]
         if after not in ids:
-            raise _invalid("'after' is the id of nothing in this list.", "after")
+            raise invalid_request("'after' is the id of nothing in this list.", "after")
         start = ids.index(after) + 1
     return files[start : start + size], start + size < len(files)
 
@@ -153,7 +157,3 @@ def _require(part: _T | None) -> _T:
             ErrorKind.NOT_FOUND, "There are no batch jobs here: the operator has not configured batch storage."
         )
     return part
-
-
-def _invalid(message: str, param: str) -> RempartError:
-    return RempartError(ErrorKind.INVALID_REQUEST, message, param=param)

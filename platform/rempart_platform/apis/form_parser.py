@@ -10,7 +10,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from rempart_platform.apis.http_limits import HttpLimits
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import invalid_request
 
 _UNLIMITED: Final = 1 << 40
 """The library's own limits on heads, which say in their errors nothing of ours."""
@@ -54,12 +54,12 @@ class FormParser:
         self._disposition = b""
         if len(content_type) > limits.max_part_head_bytes:  # what its parsing takes grows faster than it
             most = limits.max_part_head_bytes
-            raise _invalid(f"The header 'content-type' has more than {most} bytes (limit max_part_head_bytes).")
+            raise invalid_request(f"The header 'content-type' has more than {most} bytes (limit max_part_head_bytes).")
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data":
-            raise _invalid("The header 'content-type' must be 'multipart/form-data'.")
+            raise invalid_request("The header 'content-type' must be 'multipart/form-data'.")
         if not options.get(b"boundary"):
-            raise _invalid("The header 'content-type' names no boundary.")
+            raise invalid_request("The header 'content-type' names no boundary.")
         try:
             self._parser = MultipartParser(
                 options[b"boundary"],
@@ -77,19 +77,19 @@ class FormParser:
                 max_header_size=_UNLIMITED,
             )
         except FormParserError:
-            raise _invalid("The boundary in the header 'content-type' is too long.") from None
+            raise invalid_request("The boundary in the header 'content-type' is too long.") from None
 
     def push(self, data: bytes) -> None:
         """What it says is in `events` then."""
         try:
             self._parser.write(data)
         except FormParserError:
-            raise _invalid("The request's body is no valid multipart/form-data.") from None
+            raise invalid_request("The request's body is no valid multipart/form-data.") from None
 
     def _begin_part(self) -> None:
         self._num_parts += 1
         if self._num_parts > self._limits.max_form_parts:
-            raise _invalid(f"The form has more than {self._limits.max_form_parts} parts (limit max_form_parts).")
+            raise invalid_request(f"The form has more than {self._limits.max_form_parts} parts (limit max_form_parts).")
         self._num_head_bytes = 0
         self._disposition = b""
 
@@ -110,12 +110,12 @@ class FormParser:
     def _end_head(self) -> None:
         kind, options = parse_options_header(self._disposition)
         if kind != b"form-data" or b"name" not in options:
-            raise _invalid("A part of the form has no name.")
+            raise invalid_request("A part of the form has no name.")
         try:
             filename = options[b"filename"].decode() if b"filename" in options else None
             self.events.append(Part(options[b"name"].decode(), filename))
         except UnicodeDecodeError:
-            raise _invalid("The names in a form must be UTF-8.") from None
+            raise invalid_request("The names in a form must be UTF-8.") from None
 
     def _take_content(self, data: bytes, start: int, end: int) -> None:
         if not self.events or not isinstance(self.events[-1], bytearray):
@@ -128,8 +128,4 @@ class FormParser:
         self._num_head_bytes += num_bytes
         most = self._limits.max_part_head_bytes
         if self._num_head_bytes > most:
-            raise _invalid(f"A part's headers have more than {most} bytes (limit max_part_head_bytes).")
-
-
-def _invalid(message: str) -> RempartError:
-    return RempartError(ErrorKind.INVALID_REQUEST, message)
+            raise invalid_request(f"A part's headers have more than {most} bytes (limit max_part_head_bytes).")

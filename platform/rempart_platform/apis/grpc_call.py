@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from rempart_platform.apis.grpc_errors import error_status
 from rempart_platform.apis.grpc_limits import GrpcLimits
 from rempart_platform.apis.services import Authenticator, bearer_token
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import ErrorKind, RempartError, internal_error
 from rempart_platform.generation import Caller
 
 _logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ async def answer(
         failure = error
     except Exception:
         _logger.exception("a call failed unexpectedly")
-        failure = RempartError(ErrorKind.INTERNAL, "The server had an error while processing the request.")
+        failure = internal_error()
     if before_refusal is not None:
         await before_refusal()
     return await context.abort_with_status(error_status(failure))

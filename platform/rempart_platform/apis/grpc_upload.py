@@ -7,7 +7,7 @@ from contextlib import suppress
 from google.protobuf.message import DecodeError
 
 from rempart_platform.apis.pace import Pace, PacedClient
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import invalid_request
 from rempart_protos.v1 import batch_pb2
 
 
@@ -27,7 +27,7 @@ class Upload:
         """Of the first message."""
         first = await self._next()
         if first is None or not first.HasField("metadata"):
-            raise _invalid("The first message must have the metadata.", "metadata")
+            raise invalid_request("The first message must have the metadata.", "metadata")
         return first.metadata
 
     async def content(self) -> AsyncIterator[bytes]:
@@ -36,9 +36,9 @@ class Upload:
             if message.HasField("end"):
                 return
             if message.HasField("metadata"):
-                raise _invalid("Only the first message may have the metadata.", "metadata")
+                raise invalid_request("Only the first message may have the metadata.", "metadata")
             yield message.content
-        raise _invalid("The upload broke off: no message said that the content is whole.", "end")
+        raise invalid_request("The upload broke off: no message said that the content is whole.", "end")
 
     async def discard(self, timeout_s: float) -> None:
         """Reads what is left, if it comes soon: some clients still sending would not see why they are refused."""
@@ -54,12 +54,8 @@ class Upload:
         try:
             message = await self._client.wait_for(anext(self._messages, None))
         except DecodeError:
-            raise RempartError(ErrorKind.INVALID_REQUEST, "A message of the upload cannot be read.") from None
+            raise invalid_request("A message of the upload cannot be read.") from None
         self._is_waiting = False
         if message is not None:
             self._client.count(len(message.content))
         return message
-
-
-def _invalid(message: str, param: str) -> RempartError:
-    return RempartError(ErrorKind.INVALID_REQUEST, message, param=param)

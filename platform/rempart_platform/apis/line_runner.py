@@ -9,11 +9,11 @@ from rempart_platform.apis.openai_errors import error_body
 from rempart_platform.apis.openai_generation import Prepare, Prepared, prepare_chat, prepare_completion, with_preface
 from rempart_platform.apis.services import ApiServices
 from rempart_platform.batch.values import LineAnswer
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import RempartError, internal_error, invalid_request
 from rempart_platform.generation import Caller
 from rempart_platform.validation import Arrival
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 _PREPARE: dict[str, Prepare] = {"/v1/chat/completions": prepare_chat, "/v1/completions": prepare_completion}
 _OK = 200
@@ -45,9 +45,8 @@ class OnlineLineRunner:
         except RempartError as error:
             return _refused(error, arrival)
         except Exception:
-            logger.exception("a line of a batch failed", extra={"fields": {"request_id": arrival.request_id}})
-            message = "The server had an error while processing the request."
-            return _refused(RempartError(ErrorKind.INTERNAL, message), arrival)
+            _logger.exception("a line of a batch failed", extra={"fields": {"request_id": arrival.request_id}})
+            return _refused(internal_error(), arrival)
 
     async def _answer(self, endpoint: str, body: bytes, arrival: Arrival) -> bytes:
         prepared = await self._prepared(endpoint, body, arrival)
@@ -58,11 +57,10 @@ class OnlineLineRunner:
     async def _prepared(self, endpoint: str, body: bytes, arrival: Arrival) -> Prepared:
         prepare = _PREPARE.get(endpoint)
         if prepare is None:
-            raise RempartError(ErrorKind.INVALID_REQUEST, f"Batches cannot use the endpoint {endpoint}.", param="url")
+            raise invalid_request(f"Batches cannot use the endpoint {endpoint}.", "url")
         prepared = await prepare(body, self._services, arrival)
         if prepared.is_stream:
-            message = "'stream' must be false or absent in a batch."
-            raise RempartError(ErrorKind.INVALID_REQUEST, message, param="stream")
+            raise invalid_request("'stream' must be false or absent in a batch.", "stream")
         return prepared
 
 

@@ -18,7 +18,7 @@ from rempart_platform.apis.openai_request import Page, caller_of, json_response,
 from rempart_platform.apis.services import ApiServices
 from rempart_platform.apis.upload_form import UploadForm
 from rempart_platform.batch.values import BatchLimits, StoredFile, file_too_large
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import invalid_request
 
 _ANCHOR: Final = "expires_after[anchor]"
 _SECONDS: Final = "expires_after[seconds]"
@@ -101,7 +101,7 @@ class FileRoutes:
         files = batch_rules.files_of(self._services)
         order = request.query_params.get("order", "desc")
         if order not in _ORDERS:
-            raise RempartError(ErrorKind.INVALID_REQUEST, "'order' must be 'asc' or 'desc'.", param="order")
+            raise invalid_request("'order' must be 'asc' or 'desc'.", "order")
         size = batch_rules.check_files_per_page(limit_of(request))
         found = await files.list(caller_of(request).tenant, purpose=request.query_params.get("purpose", ""))
         if order == "asc":
@@ -129,7 +129,7 @@ def _lifetime_s(form: UploadForm, limits: BatchLimits) -> int | None:
     if anchor is None and seconds is None:
         return None
     if anchor != "created_at":
-        raise RempartError(ErrorKind.INVALID_REQUEST, f"'{_ANCHOR}' must be 'created_at'.", param=_ANCHOR)
+        raise invalid_request(f"'{_ANCHOR}' must be 'created_at'.", _ANCHOR)
     return batch_rules.check_lifetime_s(parse_number(seconds or "", _SECONDS), limits, param=_SECONDS)
 
 

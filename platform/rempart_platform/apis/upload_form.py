@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 from rempart_platform.apis.form_parser import FormEvent, FormParser, Mark, Part
 from rempart_platform.apis.http_limits import HttpLimits
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import invalid_request
 
 _FILE = "file"
 
@@ -40,7 +40,7 @@ class UploadForm:
         """Reads the fields before the file; its name."""
         filename = await self._read_fields()
         if filename is None:
-            raise _invalid("The form has no 'file'.", _FILE)
+            raise invalid_request("The form has no 'file'.", _FILE)
         return filename
 
     async def content(self) -> AsyncIterator[bytes]:
@@ -62,17 +62,17 @@ class UploadForm:
     def _take_file(self, part: Part) -> str:
         self._num_files += 1
         if self._num_files > 1:
-            raise _invalid("The form has more than one 'file'.", _FILE)
+            raise invalid_request("The form has more than one 'file'.", _FILE)
         if part.filename is None:
-            raise _invalid("The form's 'file' has no filename.", _FILE)
+            raise invalid_request("The form's 'file' has no filename.", _FILE)
         return part.filename
 
     def _new_field(self, name: str) -> str:
         shown = name[:64]
         if name not in self._field_names:
-            raise _invalid(f"Unrecognized request argument supplied: {shown}", shown)
+            raise invalid_request(f"Unrecognized request argument supplied: {shown}", shown)
         if name in self.fields:
-            raise _invalid(f"'{name}' is given twice.", name)
+            raise invalid_request(f"'{name}' is given twice.", name)
         return name
 
     async def _read_value(self, name: str) -> str:
@@ -82,21 +82,17 @@ class UploadForm:
             value += event
             if len(value) > self._max_field_bytes:
                 message = f"'{name}' has more than {self._max_field_bytes} bytes (limit max_field_bytes)."
-                raise _invalid(message, name)
+                raise invalid_request(message, name)
         try:
             return value.decode()
         except UnicodeDecodeError:
-            raise _invalid(f"'{name}' is not UTF-8.", name) from None
+            raise invalid_request(f"'{name}' is not UTF-8.", name) from None
 
     async def _next(self) -> FormEvent:
         events = self._parser.events
         while not events:
             piece = await anext(self._pieces, None)
             if piece is None:
-                raise _invalid("The form ends early.")
+                raise invalid_request("The form ends early.")
             self._parser.push(piece)
         return events.popleft()
-
-
-def _invalid(message: str, param: str | None = None) -> RempartError:
-    return RempartError(ErrorKind.INVALID_REQUEST, message, param=param)

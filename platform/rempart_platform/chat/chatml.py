@@ -4,7 +4,7 @@ import re
 
 from rempart_platform.chat.message import Conversation, Message
 from rempart_platform.chat.output import OutputParser
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import RempartError, invalid_request
 from rempart_platform.text.text_model import TextModel
 from rempart_platform.text.tokenizer import Tokenizer
 
@@ -67,4 +67,4 @@ def _refuse_unknown(conversation: Conversation) -> None:
 
 
 def _unknown(subject: str, param: str) -> RempartError:
-    return RempartError(ErrorKind.INVALID_REQUEST, f"{subject} not supported by this model's chat format.", param=param)
+    return invalid_request(f"{subject} not supported by this model's chat format.", param)

@@ -27,7 +27,7 @@ from rempart_platform.chat.prompt import Control, Piece, encode_pieces, fill
 from rempart_platform.chat.reasoning import ReasoningParser
 from rempart_platform.chat.tool_token_calls import ARGUMENTS, CALL, CALLS, END_CALL, END_CALLS, TAGS, ToolTokenCalls
 from rempart_platform.chat.turns import Answer, ToolResults, Turn, turns_of
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import invalid_request
 from rempart_platform.text.tokenizer import Tokenizer
 
 _RESULT = Control("<｜tool▁output▁begin｜>")
@@ -83,11 +83,11 @@ class DeepSeekExp:
     def _pieces(self, conversation: Conversation) -> list[Piece]:
         is_thinking = self.profile.decide_thinking(conversation)
         if conversation.response_schema is not None:
-            raise _refused("A response format is not supported by this model's chat format.", "response_format")
+            raise invalid_request("A response format is not supported by this model's chat format.", "response_format")
         turns = turns_of(conversation.messages)
         goes_on = bool(turns) and isinstance(turns[-1], ToolResults)
         if goes_on and is_thinking:
-            raise _refused("This model cannot think about tools' results; 'thinking' must be false.", "thinking")
+            raise invalid_request("This model cannot think about tools' results; 'thinking' must be false.", "thinking")
         pieces = [BOS, *_system(turns), *_tools(conversation.tools), *_dialogue(turns)]
         return pieces if goes_on else [*pieces, ASSISTANT, THINK if is_thinking else END_THINK]
 
@@ -144,7 +144,3 @@ def _answer(answer: Answer, before: Turn | None) -> list[Piece]:
         calls = [piece for call in answer.calls for piece in (CALL, call.name, ARGUMENTS, call.text, END_CALL)]
         pieces += [CALLS, *calls, END_CALLS]
     return [*pieces, EOS]
-
-
-def _refused(message: str, param: str) -> RempartError:
-    return RempartError(ErrorKind.INVALID_REQUEST, message, param=param)

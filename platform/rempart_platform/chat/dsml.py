@@ -10,7 +10,7 @@ from rempart_platform.chat.json_text import read_json, write_json
 from rempart_platform.chat.message import ResponseSchema, Tool
 from rempart_platform.chat.prompt import Control, Piece, fill
 from rempart_platform.chat.turns import Call, ToolResults
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import invalid_request
 
 DSML = Control("｜DSML｜")
 """The mark inside of its tags; no special token in the tokenizers of the V3 series."""
@@ -111,4 +111,4 @@ def _schema(text: str, param: str) -> object:
     try:
         return read_json(text)
     except ValueError:
-        raise RempartError(ErrorKind.INVALID_REQUEST, f"'{param}' must be a JSON schema.", param=param) from None
+        raise invalid_request(f"'{param}' must be a JSON schema.", param) from None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rempart_platform.chat.json_text import read_object
 from rempart_platform.chat.message import Message
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import invalid_request
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def turns_of(messages: Sequence[Message]) -> list[Turn]:
                     position += len(message.tool_calls)
             case "tool":
                 name = f"messages[{position - 1}]"
-                raise _invalid(f"'{name}' is a tool's result, and no tool call waits for one.", name)
+                raise invalid_request(f"'{name}' is a tool's result, and no tool call waits for one.", name)
             case _:
                 turns.append(message)
     return turns
@@ -73,7 +73,9 @@ def _answer(message: Message, position: int) -> Answer:
         try:
             arguments = read_object(call.arguments)
         except ValueError as error:
-            raise _invalid(f"The arguments of '{param}' must be the text of a JSON object: {error}.", param) from None
+            raise invalid_request(
+                f"The arguments of '{param}' must be the text of a JSON object: {error}.", param
+            ) from None
         calls.append(Call(call.name, call.arguments if call.arguments.strip() else "{}", arguments))
     return Answer(message.content, message.reasoning, tuple(calls))
 
@@ -85,7 +87,7 @@ def _results(messages: Sequence[Message], position: int) -> ToolResults:
     for offset in range(1, len(calls) + 1):
         if position + offset == len(messages) or messages[position + offset].role != "tool":
             param = f"messages[{position}].tool_calls"
-            raise _invalid(
+            raise invalid_request(
                 f"'{param}' has {len(calls)} calls, and {offset - 1} of their results follow; each call needs one.",
                 param,
             )
@@ -97,10 +99,6 @@ def _results(messages: Sequence[Message], position: int) -> ToolResults:
         ]
         if not waiting:
             param = f"messages[{position + offset}].tool_call_id"
-            raise _invalid(f"'{param}' names none of the calls that wait for a result.", param)
+            raise invalid_request(f"'{param}' names none of the calls that wait for a result.", param)
         contents[waiting[0]] = result.content
     return ToolResults(tuple(contents[number] for number in range(len(calls))))
-
-
-def _invalid(message: str, param: str) -> RempartError:
-    return RempartError(ErrorKind.INVALID_REQUEST, message, param=param)

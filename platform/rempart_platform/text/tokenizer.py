@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import tokenizers
 
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import invalid_request
 
 # Longer work is moved off the event loop; this many characters take about a third of a millisecond.
 _MAX_INLINE_CHARS = 2_000
@@ -65,12 +65,12 @@ class Tokenizer:
         try:
             return list(self._backend.encode(text, add_special_tokens=False).ids)
         except TypeError:  # lone surrogates: a str that is no Unicode text
-            raise RempartError(ErrorKind.INVALID_REQUEST, "The text is not valid Unicode.") from None
+            raise invalid_request("The text is not valid Unicode.") from None
         except BaseException as error:
             if type(error).__name__ != "PanicException":
                 raise
             # The native tokenizer panics with an exception outside of Exception's tree; it harms this text alone.
-            raise RempartError(ErrorKind.INVALID_REQUEST, "The text could not be tokenized.") from error
+            raise invalid_request("The text could not be tokenized.") from error
 
     def decode_bytes(self, token_id: int) -> bytes:
         """Exact bytes of one token; nothing for ids that the model has and the vocabulary has not."""
