@@ -13,9 +13,12 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "rempart"
-PROVIDERS = tuple(sorted((ROOT / "deploy" / "providers").glob("*.yaml")))
-MODELS = tuple(sorted((ROOT / "deploy" / "models").glob("*.yaml")))
-SCALEWAY = ROOT / "deploy" / "providers" / "scaleway.yaml"
+PROVIDERS, MODELS = (
+    {path.stem: path for path in sorted((ROOT / "deploy" / folder).glob("*.yaml"))}
+    for folder in ("providers", "models")
+)
+"""By name."""
+SCALEWAY = PROVIDERS["scaleway"]
 EVERYTHING, INGRESS, IMAGE_VOLUME = (
     Path(__file__).parent / "values" / f"{name}.yaml" for name in ("everything", "ingress", "image-volume")
 )
@@ -37,13 +40,11 @@ class Case:
         return "+".join(path.stem for path in self.values) + f"@{self.kubernetes}"
 
 
-MATRIX = tuple(Case(pair, version) for pair in product(PROVIDERS, MODELS) for version in KUBERNETES)
-EXTRAS = (
-    *(Case((EVERYTHING,), version) for version in KUBERNETES),
-    *(Case((SCALEWAY, INGRESS), version) for version in KUBERNETES),
-    Case((IMAGE_VOLUME,)),
-)
-ALL_CASES = (*MATRIX, *EXTRAS)
+EVERY = Case((EVERYTHING,))
+BY_INGRESS = Case((SCALEWAY, INGRESS))
+BY_IMAGE = Case((IMAGE_VOLUME,))
+_FILES = (*product(PROVIDERS.values(), MODELS.values()), EVERY.values, BY_INGRESS.values)
+ALL_CASES = (*(Case(files, version) for files in _FILES for version in KUBERNETES), BY_IMAGE)
 
 
 def helm(*args: str) -> "subprocess.CompletedProcess[str]":

@@ -14,7 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
-from tests.chart.rendering import CHART, EVERYTHING, MODELS, ROOT, SCALEWAY, Case, Manifest, find, pods, render
+from tests.chart.rendering import CHART, EVERY, MODELS, ROOT, SCALEWAY, Case, Manifest, find, pods, render
 
 from rempart_engine import fetch
 from rempart_engine.config import EngineConfig
@@ -26,7 +26,6 @@ from rempart_platform.tenancy.seed import read_seed
 from rempart_protos.v1 import admin_pb2, batch_pb2, engine_pb2, inference_pb2
 
 Renderings = Mapping[Case, tuple[Manifest, ...]]
-EVERY = Case((EVERYTHING,))
 
 
 def commands(renderings: Renderings, container: str) -> dict[tuple[str, ...], Manifest]:
@@ -84,7 +83,7 @@ def test_fetching_brings_what_the_container_needs(
     for name in ("config.json", "model.safetensors", "original/consolidated.00.pth", "model-q4.gguf"):
         (source / name).write_text(name)
     write_manifest(source, source / "manifest.json")
-    case = Case((SCALEWAY, next(path for path in MODELS if path.stem == "llama-8b-l4")))
+    case = Case((SCALEWAY, MODELS["llama-8b-l4"]))
     lines = commands({case: render(case)}, container)
     ((_, _, module, url, folder, *flags),) = lines
     assert (module, url) == ("rempart_engine.fetch", "s3://models/llama-3.1-8b")
@@ -111,7 +110,7 @@ def test_the_tenants_file_is_one_and_reads_keys_from_files_that_are_mounted(tmp_
 
 
 async def test_the_built_in_redis_starts_with_its_files_and_lets_only_the_url_in(tmp_path: Path) -> None:
-    manifests = render(Case((EVERYTHING,)), 'redis={"mode": "builtIn"}', 'externalSecrets.redisKey=""')
+    manifests = render(EVERY, 'redis={"mode": "builtIn"}', 'externalSecrets.redisKey=""')
     secret = find(manifests, "Secret", "rempart-redis")
     (container,) = find(manifests, "StatefulSet")["spec"]["template"]["spec"]["containers"]
     password = tmp_path / "password.conf"

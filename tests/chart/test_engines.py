@@ -2,8 +2,9 @@
 
 import pytest
 from tests.chart.rendering import (
-    EVERYTHING,
-    IMAGE_VOLUME,
+    BY_IMAGE,
+    BY_INGRESS,
+    EVERY,
     INGRESS,
     MODELS,
     PROVIDERS,
@@ -18,10 +19,6 @@ from rempart_platform.apis.http_limits import HttpLimits
 from rempart_platform.batch.values import BatchLimits
 from rempart_platform.config import RouterConfig
 
-PROVIDER = {path.stem: path for path in PROVIDERS}
-MODEL = {path.stem: path for path in MODELS}
-EVERY = Case((EVERYTHING,))
-
 
 def engine_of(case: Case, name: str, *sets: str) -> Manifest:
     return find(render(case, *sets), "Deployment", f"rempart-engine-{name}")
@@ -32,7 +29,7 @@ def seconds(probe: Manifest) -> int:
 
 
 def test_an_engines_own_values_win_over_its_machines_and_these_over_the_defaults() -> None:
-    case = Case((SCALEWAY, MODEL["llama-8b-h100"]))
+    case = Case((SCALEWAY, MODELS["llama-8b-h100"]))
     spec = engine_of(case, "llama-8b", 'machines.h100.podAnnotations={"a": "machine", "b": "machine"}',
                      'engineDefaults.podAnnotations={"b": "default", "c": "default"}',
                      'engines.llama-8b.podAnnotations={"a": "engine"}')["spec"]["template"]  # fmt: skip
@@ -46,15 +43,15 @@ def test_an_engines_own_values_win_over_its_machines_and_these_over_the_defaults
 
 
 def test_an_engine_on_a_cpu_asks_for_no_gpu_anywhere() -> None:
-    for provider in PROVIDERS:
-        pod = engine_of(Case((provider, MODEL["smollm2-cpu"])), "smollm2")["spec"]["template"]["spec"]
+    for provider in PROVIDERS.values():
+        pod = engine_of(Case((provider, MODELS["smollm2-cpu"])), "smollm2")["spec"]["template"]["spec"]
         assert "tolerations" not in pod
         assert "nodeSelector" not in pod
         assert "nvidia.com/gpu" not in pod["containers"][0]["resources"]["limits"]
 
 
 def test_routers_know_a_models_length_before_its_first_engine_says_it() -> None:
-    manifests = render(Case((SCALEWAY, MODEL["llama-8b-h100"])), 'engines.llama-8b.flags={"max-model-len": 8192}')
+    manifests = render(Case((SCALEWAY, MODELS["llama-8b-h100"])), 'engines.llama-8b.flags={"max-model-len": 8192}')
     (router,) = find(manifests, "Deployment", "rempart-router")["spec"]["template"]["spec"]["containers"]
     assert "--max-model-len=llama-3.1-8b=8192" in router["args"]
     config = RouterConfig.from_args(router["args"])
@@ -67,7 +64,7 @@ def test_routers_know_a_models_length_before_its_first_engine_says_it() -> None:
 def test_start_up_time_follows_from_the_weights(size_gib: int, verify: bool, expected_s: int) -> None:
     """200 MiB/s and 5 minutes; verifying reads all once more."""
     weights = f'{{"source": "s3://m/x", "sizeGiB": {size_gib}, "verify": {str(verify).lower()}}}'
-    engine = engine_of(Case((SCALEWAY, INGRESS)), "smollm2", f"engines.smollm2.weights={weights}")
+    engine = engine_of(BY_INGRESS, "smollm2", f"engines.smollm2.weights={weights}")
     (container,) = engine["spec"]["template"]["spec"]["containers"]
     assert seconds(container["startupProbe"]) == expected_s
 
@@ -75,7 +72,7 @@ def test_start_up_time_follows_from_the_weights(size_gib: int, verify: bool, exp
 def test_a_rollout_may_take_as_long_as_the_provider_needs() -> None:
     deadline_s = {}
     for name in ("scaleway", "ovhcloud"):
-        deployment = engine_of(Case((PROVIDER[name], MODEL["llama-8b-l4"])), "llama-8b")["spec"]
+        deployment = engine_of(Case((PROVIDERS[name], MODELS["llama-8b-l4"])), "llama-8b")["spec"]
         (container,) = deployment["template"]["spec"]["containers"]
         deadline_s[name] = deployment["progressDeadlineSeconds"]
         grace_s = deployment["template"]["spec"]["terminationGracePeriodSeconds"]
@@ -88,7 +85,7 @@ def test_a_rollout_may_take_as_long_as_the_provider_needs() -> None:
 def test_the_first_rollout_of_routers_may_take_as_long_as_the_first_engine_needs() -> None:
     """Without one they are not ready."""
     for provider in ("scaleway", "ovhcloud"):
-        case = Case((PROVIDER[provider], MODEL["llama-8b-l4"]))
+        case = Case((PROVIDERS[provider], MODELS["llama-8b-l4"]))
         engine = engine_of(case, "llama-8b")["spec"]
         grace_s = engine["template"]["spec"]["terminationGracePeriodSeconds"]
         router = find(render(case), "Deployment", "rempart-router")["spec"]
@@ -96,7 +93,7 @@ def test_the_first_rollout_of_routers_may_take_as_long_as_the_first_engine_needs
 
 
 def test_nodes_of_ovhcloud_are_not_forced_before_the_drain_ends() -> None:
-    for deployment in render(Case((PROVIDER["ovhcloud"], MODEL["llama-8b-h100"]))):
+    for deployment in render(Case((PROVIDERS["ovhcloud"], MODELS["llama-8b-h100"]))):
         if deployment["kind"] == "Deployment":
             assert deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] < 600
 
@@ -124,7 +121,7 @@ def test_one_service_finds_every_engine() -> None:
         assert selector.items() <= pod["metadata"]["labels"].items()
     router = find(manifests, "Deployment", "rempart-router")["spec"]["template"]
     assert "--engines-kubernetes=llm/rempart-engines:grpc" in router["spec"]["containers"][0]["args"]
-    router = find(render(Case((SCALEWAY, INGRESS))), "Deployment", "rempart-router")["spec"]["template"]
+    router = find(render(BY_INGRESS), "Deployment", "rempart-router")["spec"]["template"]
     assert "--engines-dns=rempart-engines.llm.svc:50051" in router["spec"]["containers"][0]["args"]
 
 
@@ -142,9 +139,9 @@ def test_weights_come_in_four_ways() -> None:
     assert volume(llama, "weights")["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
     assert claim["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
-    small = engine_of(Case((SCALEWAY, INGRESS)), "smollm2")["spec"]["template"]
+    small = engine_of(BY_INGRESS, "smollm2")["spec"]["template"]
     assert volume(small, "weights")["emptyDir"] == {"sizeLimit": "2Gi"}
-    image = engine_of(Case((IMAGE_VOLUME,)), "smollm2")["spec"]["template"]
+    image = engine_of(BY_IMAGE, "smollm2")["spec"]["template"]
     assert volume(image, "weights")["image"]["reference"] == "registry.example.org/weights/smollm2:1"
     assert "initContainers" not in image["spec"]
 
@@ -157,7 +154,7 @@ def test_load_balancers_do_not_cut_streams() -> None:
         ("ovhcloud", "loadbalancer.openstack.org/timeout-member-data", "3600000"),
         ("ovhcloud", "loadbalancer.openstack.org/timeout-client-data", "3600000"),
     ):
-        case = Case((PROVIDER[provider], INGRESS))
+        case = Case((PROVIDERS[provider], INGRESS))
         service = find(render(case), "Service", "rempart-router")
         assert service["metadata"]["annotations"][setting] == at_least
         gateway = find(
@@ -169,7 +166,7 @@ def test_load_balancers_do_not_cut_streams() -> None:
 def test_gateways_and_ingresses_do_not_either() -> None:
     for rule in find(render(EVERY), "HTTPRoute")["spec"]["rules"]:
         assert rule["timeouts"] == {"request": "0s", "backendRequest": "0s"}
-    for each in render(Case((SCALEWAY, INGRESS))):
+    for each in render(BY_INGRESS):
         if each["kind"] == "Ingress":
             assert each["metadata"]["annotations"]["nginx.ingress.kubernetes.io/proxy-read-timeout"] == "3600"
             assert each["metadata"]["annotations"]["nginx.ingress.kubernetes.io/proxy-buffering"] == "off"
@@ -178,7 +175,7 @@ def test_gateways_and_ingresses_do_not_either() -> None:
 def test_an_ingress_lets_every_file_through_that_routers_take_and_keeps_none_on_its_disk() -> None:
     http = HttpLimits()
     most = BatchLimits().max_file_bytes + http.max_form_parts * (http.max_part_head_bytes + http.max_field_bytes)
-    ingresses = [each for each in render(Case((SCALEWAY, INGRESS))) if each["kind"] == "Ingress"]
+    ingresses = [each for each in render(BY_INGRESS) if each["kind"] == "Ingress"]
     assert len(ingresses) == 2
     for each in ingresses:
         size = each["metadata"]["annotations"]["nginx.ingress.kubernetes.io/proxy-body-size"]
@@ -202,7 +199,7 @@ def test_changed_tenants_restart_routers_and_no_engine() -> None:
 def test_a_further_engine_of_a_model_restarts_no_router() -> None:
     """The first by name lends its tokenizer."""
     more = 'engines.z={"model": {"name": "smollm2"}, "weights": {"source": "s3://models/smollm2"}}'
-    case = Case((SCALEWAY, INGRESS))
+    case = BY_INGRESS
     before, after = (
         find(manifests, "Deployment", "rempart-router") for manifests in (render(case), render(case, more))
     )

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.chart.rendering import EVERYTHING, MODELS, PROVIDERS, Case, Manifest, render
+from tests.chart.rendering import EVERYTHING, MODELS, PROVIDERS, SCALEWAY, Case, Manifest, render
 
 GOLDEN = Path(__file__).parent / "golden"
-FILES = {path.stem: path for path in (*PROVIDERS, *MODELS)}
 CASES = {
-    "scaleway-llama-8b-h100": Case((FILES["scaleway"], FILES["llama-8b-h100"])),
-    "kind-smollm2-cpu": Case((FILES["kind"], FILES["smollm2-cpu"]), "1.29"),
+    "scaleway-llama-8b-h100": Case((SCALEWAY, MODELS["llama-8b-h100"])),
+    "kind-smollm2-cpu": Case((PROVIDERS["kind"], MODELS["smollm2-cpu"]), "1.29"),
     "everything": Case((EVERYTHING,), "1.32"),
 }
 

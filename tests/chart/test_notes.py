@@ -4,26 +4,14 @@ import re
 import shlex
 
 import pytest
-from tests.chart.rendering import (
-    CHART,
-    EVERYTHING,
-    INGRESS,
-    MODELS,
-    PROVIDERS,
-    SCALEWAY,
-    Case,
-    find,
-    helm,
-    pods,
-    render,
-)
+from tests.chart.rendering import BY_INGRESS, CHART, EVERY, MODELS, PROVIDERS, SCALEWAY, Case, find, helm, pods, render
 from typer.testing import CliRunner
 
 from rempart_platform.cli import app
 
-ON_A_CPU = Case((SCALEWAY, next(path for path in MODELS if path.stem == "smollm2-cpu")))
+ON_A_CPU = Case((SCALEWAY, MODELS["smollm2-cpu"]))
 
-IN_KIND = Case((next(path for path in PROVIDERS if path.stem == "kind"), ON_A_CPU.values[1]))
+IN_KIND = Case((PROVIDERS["kind"], ON_A_CPU.values[1]))
 
 
 def notes(case: Case) -> str:
@@ -57,7 +45,7 @@ def test_the_commands_inside_the_router_are_ours() -> None:
         assert shown.exit_code == 0, shown.output
 
 
-@pytest.mark.parametrize("case", [ON_A_CPU, IN_KIND, Case((EVERYTHING,)), Case((SCALEWAY, INGRESS))], ids=str)
+@pytest.mark.parametrize("case", [ON_A_CPU, IN_KIND, EVERY, BY_INGRESS], ids=str)
 def test_secrets_that_somebody_else_makes_are_asked_for(case: Case) -> None:
     manifests = render(case)
     made = {each["metadata"]["name"] for each in manifests if each["kind"] in {"Secret", "ExternalSecret"}}
@@ -70,16 +58,16 @@ def test_secrets_that_somebody_else_makes_are_asked_for(case: Case) -> None:
 
 
 def test_public_names_and_what_is_open_are_told() -> None:
-    assert "https://api.example.org/v1/completions" in notes(Case((SCALEWAY, INGRESS)))
-    assert "networkPolicy.redis" not in notes(Case((SCALEWAY, INGRESS)))
-    assert "narrow them when you know yours: networkPolicy.objectStorage." in notes(Case((SCALEWAY, INGRESS)))
-    assert "narrow them" not in notes(Case((EVERYTHING,)))
+    assert "https://api.example.org/v1/completions" in notes(BY_INGRESS)
+    assert "networkPolicy.redis" not in notes(BY_INGRESS)
+    assert "narrow them when you know yours: networkPolicy.objectStorage." in notes(BY_INGRESS)
+    assert "narrow them" not in notes(EVERY)
 
 
 def test_requests_that_cannot_wait_for_a_start_from_zero_are_told() -> None:
-    assert re.findall(
-        r"^(\w+) starts from none in up to (\d+) s, .* (\d+) s at most", notes(Case((EVERYTHING,))), re.MULTILINE
-    ) == [("llama", "1508", "600")]
+    assert re.findall(r"^(\w+) starts from none in up to (\d+) s, .* (\d+) s at most", notes(EVERY), re.MULTILINE) == [
+        ("llama", "1508", "600")
+    ]
     assert "starts from none" not in notes(ON_A_CPU)
 
 

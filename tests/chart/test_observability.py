@@ -2,20 +2,17 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from tests.chart.rendering import CHART, EVERYTHING, KUBERNETES, Case, Manifest, find, render
+from tests.chart.rendering import CHART, EVERY, EVERYTHING, KUBERNETES, Case, Manifest, find, render
+from tests.observe.rule_files import promtool
 
 RULES = sorted((CHART / "rules").glob("*.yaml"))
 DASHBOARDS = sorted((CHART / "dashboards").glob("*.json"))
 EXCLUDED = "RempartCertificateExpiry"
-EVERY = Case((EVERYTHING,))
-PROMTOOL = Path(sys.executable).with_name("promtool")
 
 
 def rules_of(manifests: tuple[Manifest, ...]) -> dict[str, Any]:
@@ -26,8 +23,7 @@ def rules_of(manifests: tuple[Manifest, ...]) -> dict[str, Any]:
 def require_rules(groups: list[Any], path: Path) -> None:
     """Prometheus itself takes them."""
     path.write_text(yaml.safe_dump({"groups": groups}))
-    done = subprocess.run([PROMTOOL, "check", "rules", path], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    promtool("check", "rules", path)
 
 
 def test_each_file_of_rules_is_an_object_and_keeps_what_it_says() -> None:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 from tests.chart.rendering import (
+    BY_IMAGE,
+    BY_INGRESS,
+    EVERY,
     EVERYTHING,
     IMAGE_VOLUME,
     INGRESS,
-    SCALEWAY,
     Case,
     Manifest,
     find,
@@ -218,7 +220,7 @@ def test_engines_never_surge_and_routers_never_shrink(renderings: Renderings) ->
 
 
 def test_replicas_have_one_owner(renderings: Renderings) -> None:
-    manifests = renderings[Case((EVERYTHING,))]
+    manifests = renderings[EVERY]
     scaled = {
         each["spec"]["scaleTargetRef"]["name"]
         for each in manifests
@@ -252,7 +254,7 @@ def test_nothing_flows_but_what_is_allowed(renderings: Renderings) -> None:
 def test_an_empty_list_of_peers_lets_nobody_through() -> None:
     """Kubernetes takes an empty `from` or `to` for everybody."""
     nobody = ("networkPolicy.monitoring=[]", "networkPolicy.kubernetesApi.to=[]", "networkPolicy.dns.to=[]")
-    for manifest in render(Case((EVERYTHING,)), *nobody, "networkPolicy.clients=[]"):
+    for manifest in render(EVERY, *nobody, "networkPolicy.clients=[]"):
         if manifest["kind"] == "NetworkPolicy":
             rules = [*manifest["spec"].get("ingress", []), *manifest["spec"].get("egress", [])]
             assert all(rule.get("from") or rule.get("to") for rule in rules), manifest["metadata"]["name"]
@@ -278,11 +280,11 @@ def reach(policy: Manifest) -> set[tuple[str, int]]:
 @pytest.mark.parametrize(
     ("case", "component", "expected"),
     [
-        (Case((EVERYTHING,)), "router", {
+        (EVERY, "router", {
             ("dns", 53), ("169.254.20.10/32", 53), ("engine", 50051), ("10.1.2.0/28", 6380), ("10.96.0.1/32", 443),
             ("203.0.113.0/24", 443), ("198.51.100.7/32", 443), ("198.51.100.8/32", 443),
         }),
-        (Case((SCALEWAY, INGRESS)), "engine", {("dns", 53), ("169.254.20.10/32", 53), ("0.0.0.0/0", 443)}),
+        (BY_INGRESS, "engine", {("dns", 53), ("169.254.20.10/32", 53), ("0.0.0.0/0", 443)}),
     ],
 )  # fmt: skip
 def test_egress_is_exactly_what_is_needed(case: Case, component: str, expected: set[tuple[str, int]]) -> None:
@@ -296,18 +298,18 @@ def test_egress_is_exactly_what_is_needed(case: Case, component: str, expected: 
 
 
 def test_the_api_server_is_reached_by_either_family_until_its_address_is_known() -> None:
-    allow = find(render(Case((IMAGE_VOLUME,))), "NetworkPolicy", "rempart-router")["spec"]
+    allow = find(render(BY_IMAGE), "NetworkPolicy", "rempart-router")["spec"]
     assert {("0.0.0.0/0", 6443), ("::/0", 6443)} <= reach(allow)
 
 
 def test_engines_hear_routers_prometheus_and_who_is_named() -> None:
-    manifests = render(Case((EVERYTHING,)))
+    manifests = render(EVERY)
     _, clients, _ = find(manifests, "NetworkPolicy", "rempart-engine-llama")["spec"]["ingress"]
     assert clients == {
         "from": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "gateways"}}}],
         "ports": [{"protocol": "TCP", "port": 50051}, {"protocol": "TCP", "port": 50052}],
     }
-    closed = render(Case((SCALEWAY, INGRESS)))
+    closed = render(BY_INGRESS)
     (_, monitoring) = find(closed, "NetworkPolicy", "rempart-engine-smollm2")["spec"]["ingress"]
     assert monitoring["ports"] == [{"protocol": "TCP", "port": 50052}]
 
@@ -316,7 +318,7 @@ def test_engines_hear_routers_prometheus_and_who_is_named() -> None:
     ("value", "of_the_router"), [("jobs-and-audit", "jobs-and-audit"), ("", "rempart-object-storage")]
 )
 def test_what_fetches_models_need_not_hold_what_writes_the_audit_log(value: str, of_the_router: str) -> None:
-    manifests = render(Case((EVERYTHING,)), f'objectStorage.routerCredentialsSecret="{value}"')
+    manifests = render(EVERY, f'objectStorage.routerCredentialsSecret="{value}"')
     held: dict[str, set[str]] = defaultdict(set)
     for _, pod in pods(manifests):
         for container in containers(pod):
@@ -334,7 +336,7 @@ def test_what_fetches_models_need_not_hold_what_writes_the_audit_log(value: str,
 
 def test_whoever_speaks_to_storage_or_an_issuer_trusts_the_certificates_that_are_named() -> None:
     trusting = set()
-    for _, pod in pods(render(Case((EVERYTHING,)))):
+    for _, pod in pods(render(EVERY)):
         for container in containers(pod):
             file = {"name": "SSL_CERT_FILE", "value": "/run/trusted/ca.crt"} in container.get("env", [])
             mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
@@ -348,12 +350,12 @@ def test_whoever_speaks_to_storage_or_an_issuer_trusts_the_certificates_that_are
 
 
 def test_an_engine_whose_weights_are_there_reaches_nothing() -> None:
-    policy = find(render(Case((EVERYTHING,))), "NetworkPolicy", "rempart-engine-smollm2")["spec"]
+    policy = find(render(EVERY), "NetworkPolicy", "rempart-engine-smollm2")["spec"]
     assert "egress" not in policy
 
 
 def test_the_built_in_redis_hears_routers_only_and_reaches_nothing() -> None:
-    manifests = render(Case((SCALEWAY, INGRESS)), 'redis={"mode": "builtIn", "existingSecret": ""}')
+    manifests = render(BY_INGRESS, 'redis={"mode": "builtIn", "existingSecret": ""}')
     policy = find(manifests, "NetworkPolicy", "rempart-redis")["spec"]
     assert "egress" not in policy
     (rule,) = policy["ingress"]

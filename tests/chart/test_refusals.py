@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.chart.rendering import CHART, EVERYTHING, IMAGE_VOLUME, INGRESS, SCALEWAY, Case, find, refusal, render
+from tests.chart.rendering import BY_INGRESS, CHART, EVERY, IMAGE_VOLUME, Case, find, refusal, render
 
 from rempart_platform.chat.format import CHAT_FORMATS
 
-BASE = Case((SCALEWAY, INGRESS))
-FULL = Case((EVERYTHING,))
+BASE = BY_INGRESS
+FULL = EVERY
 OLD = Case((IMAGE_VOLUME,), "1.32")
 SMALL = "engines.smollm2"
 

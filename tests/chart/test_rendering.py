@@ -12,10 +12,12 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from tests.chart.rendering import (
     ALL_CASES,
     CHART,
+    EVERY,
     EVERYTHING,
     KUBERNETES,
     MODELS,
     PROVIDERS,
+    SCALEWAY,
     Case,
     Manifest,
     helm,
@@ -48,14 +50,14 @@ def as_template(pod: Manifest) -> Manifest:
 
 
 def test_helm_finds_no_fault() -> None:
-    for values in ((), *((path,) for path in (PROVIDERS[0], MODELS[0])), (EVERYTHING,)):
+    for values in ((), *((path,) for path in (SCALEWAY, MODELS["llama-8b-l4"])), (EVERYTHING,)):
         done = helm("lint", "--strict", str(CHART), *(f"--values={path}" for path in values))
         assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_there_is_a_file_for_every_provider_and_model() -> None:
-    assert {path.stem for path in PROVIDERS} == {"exoscale", "kind", "outscale", "ovhcloud", "scaleway", "stackit"}
-    assert {path.stem for path in MODELS} >= {"llama-8b-h100", "llama-8b-l4", "llama-8b-l40s", "small-dsa-gpu"}
+    assert PROVIDERS.keys() == {"exoscale", "kind", "outscale", "ovhcloud", "scaleway", "stackit"}
+    assert MODELS.keys() >= {"llama-8b-h100", "llama-8b-l4", "llama-8b-l40s", "small-dsa-gpu"}
 
 
 @pytest.mark.parametrize("kubernetes", KUBERNETES)
@@ -97,7 +99,7 @@ def test_objects_have_names_of_their_own(renderings: Mapping[Case, tuple[Manifes
 def test_our_schemas_refuse_what_is_wrong(
     renderings: Mapping[Case, tuple[Manifest, ...]], kind: str, path: tuple[str | int, ...], wrong: object
 ) -> None:
-    everything = renderings[Case((EVERYTHING,))]
+    everything = renderings[EVERY]
     manifest = json.loads(json.dumps(next(each for each in everything if each["kind"] == kind)))
     assert not list(Draft202012Validator(SCHEMAS[kind]).iter_errors(manifest))
     parent: Any = manifest

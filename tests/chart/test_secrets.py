@@ -9,16 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.chart.rendering import CHART, INGRESS, SCALEWAY, Case, Manifest, find, helm, render
+from tests.chart.rendering import BY_INGRESS, CHART, Manifest, find, helm, render
 
-BUILT_IN = Case((SCALEWAY, INGRESS))
 SETS = ('redis.mode="builtIn"', 'redis.existingSecret=""', 'secrets.existingSecret=""')
 
 
 def known_kinds() -> dict[str, Manifest]:
     """Answers that let helm find every kind of the chart, by path."""
     resources: dict[str, dict[str, Manifest]] = {"v1": {}}
-    for each in render(BUILT_IN, *SETS):
+    for each in render(BY_INGRESS, *SETS):
         kind = each["kind"]
         resources.setdefault(each["apiVersion"], {})[kind] = {
             "name": f"{kind.lower()}s",
@@ -114,7 +113,7 @@ def secrets_made_in(cluster: Cluster, tmp_path: Path) -> dict[str, Manifest]:
             "--disable-openapi-validation",
             f"--kubeconfig={kubeconfig}",
         ),
-        *(f"--values={path}" for path in BUILT_IN.values),
+        *(f"--values={path}" for path in BY_INGRESS.values),
         *(f"--set-json={each}" for each in SETS),
     )
     assert done.returncode == 0, done.stderr

@@ -48,7 +48,7 @@ Routers need the tokenizer only: fetched into an emptyDir at /models/ENGINE, or 
 
 {{/*
 The init container that fetches; each file is hashed as it comes. Without the weights, what is left is the tokenizer:
-rempart.fetch (dict "root" $ "engine" $engine "name" "fetch" "image" $image "volume" "weights" "mountPath" "/weights" "under" "/weights" "exclude" (list))
+rempart.fetch (dict "root" $ "engine" $engine "name" "fetch" "image" $image "volume" "weights" "under" "/weights" "exclude" (list))
 */}}
 {{- define "rempart.fetch" -}}
 {{- $weights := .engine.weights -}}
@@ -80,7 +80,7 @@ rempart.fetch (dict "root" $ "engine" $engine "name" "fetch" "image" $image "vol
   securityContext:
     {{- include "rempart.containerSecurity" (dict) | nindent 4 }}
   volumeMounts:
-    - {name: {{ .volume }}, mountPath: {{ .mountPath }}}
+    - {name: {{ .volume }}, mountPath: /{{ .volume }}}
     - {name: tmp, mountPath: /tmp}
     {{- with include "rempart.trustMount" .root | trim }}
     {{- . | nindent 4 }}

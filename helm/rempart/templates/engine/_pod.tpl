@@ -44,7 +44,7 @@ spec:
   {{- end }}
   {{- if $weights.source }}
   initContainers:
-    {{- include "rempart.fetch" (dict "root" $root "engine" $engine "name" "fetch" "image" $image "volume" "weights" "mountPath" "/weights" "under" "/weights") | nindent 4 }}
+    {{- include "rempart.fetch" (dict "root" $root "engine" $engine "name" "fetch" "image" $image "volume" "weights" "under" "/weights") | nindent 4 }}
   {{- end }}
   containers:
     - name: engine
