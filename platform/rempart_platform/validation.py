@@ -6,7 +6,7 @@ checks a request again.
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from rempart_platform.chat.format import ChatFormat
@@ -21,6 +21,7 @@ from rempart_platform.text.tokenizer import run_sized
 from rempart_protos.v1 import inference_pb2, sampling_pb2
 
 _MAX_CLIENT_LABEL_CHARS = 64
+_SERVICE_TIERS = frozenset(inference_pb2.ServiceTier.values())
 _NO_CONVERSATION = ("model", "text", "prompt_cache_key", "user")
 
 _Labelled: TypeAlias = inference_pb2.GenerationOptions | inference_pb2.TokenizeRequest
@@ -71,17 +72,27 @@ def mint_seed() -> int:
 
 
 async def chat(
-    request: inference_pb2.ChatRequest, model: ServedModel, limits: RequestLimits, arrival: Arrival
+    request: inference_pb2.ChatRequest,
+    model: ServedModel,
+    limits: RequestLimits,
+    arrival: Arrival,
+    *,
+    is_whole: bool = False,
 ) -> GenerationRequest:
     """A valid request for the conversation. Raises RempartError naming the field at fault."""
     _check_options(request.options, model, limits)
     conversation, prompt = await _render(request, model, limits)
-    valid = _admissible(prompt, "messages", request.options, model, limits, arrival)
-    return replace(valid, conversation=conversation, max_tool_calls=_max_tool_calls(request))
+    said = _Said(prompt, "messages", is_whole, conversation, _max_tool_calls(request))
+    return _admissible(said, request.options, model, limits, arrival)
 
 
 async def complete(
-    request: inference_pb2.CompleteRequest, model: ServedModel, limits: RequestLimits, arrival: Arrival
+    request: inference_pb2.CompleteRequest,
+    model: ServedModel,
+    limits: RequestLimits,
+    arrival: Arrival,
+    *,
+    is_whole: bool = False,
 ) -> GenerationRequest:
     """A valid request for the text or the token ids. Raises RempartError naming the field at fault."""
     _check_options(request.options, model, limits)
@@ -94,7 +105,7 @@ async def complete(
                 _check_prompt_ids(prompt, model)
         case _:
             raise _invalid("'prompt' is required.", "prompt")
-    return _admissible(prompt, "prompt", request.options, model, limits, arrival)
+    return _admissible(_Said(prompt, "prompt", is_whole), request.options, model, limits, arrival)
 
 
 async def tokenize(request: inference_pb2.TokenizeRequest, model: ServedModel, limits: RequestLimits) -> list[int]:
@@ -146,7 +157,7 @@ def _check_options(options: inference_pb2.GenerationOptions, model: ServedModel,
         require_at_most(len(stop), limits, "max_stop_chars", "stop", unit="characters in one string")
         if not stop:
             raise _invalid("'stop' holds an empty string.", "stop")
-    if options.service_tier not in inference_pb2.ServiceTier.values():
+    if options.service_tier not in _SERVICE_TIERS:
         raise _invalid("'service_tier' must be one of the enum's values.", "service_tier")
     _check_labels(options, limits)
 
@@ -161,19 +172,29 @@ def _check_prompt_ids(prompt: Sequence[int], model: ServedModel) -> None:
         require_in_vocabulary(max(prompt), model.vocab_size, "prompt")
 
 
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What a message says beside its options: the prompt, and the parameter that it came in."""
+
+    prompt: list[int]
+    param: str
+    is_whole: bool
+    conversation: Conversation | None = None
+    max_tool_calls: int | None = None
+
+
 def _admissible(
-    prompt: list[int],
-    param: str,
+    said: _Said,
     options: inference_pb2.GenerationOptions,
     model: ServedModel,
     limits: RequestLimits,
     arrival: Arrival,
 ) -> GenerationRequest:
-    if not prompt:
-        raise _invalid(f"'{param}' must hold at least one token.", param)
+    if not said.prompt:
+        raise _invalid(f"'{said.param}' must hold at least one token.", said.param)
     sampling = sampling_pb2.SamplingParams()
     sampling.CopyFrom(options.sampling)
-    sampling.max_tokens = _max_tokens(len(prompt), param, sampling, model, limits)
+    sampling.max_tokens = _max_tokens(len(said.prompt), said.param, sampling, model, limits)
     if not sampling.HasField("seed"):
         sampling.seed = arrival.seed
     if sampling.min_tokens > sampling.max_tokens:
@@ -184,7 +205,7 @@ def _admissible(
         client_request_id=arrival.client_request_id,
         caller=arrival.caller,
         model=model.name,
-        prompt_token_ids=tuple(prompt),
+        prompt_token_ids=tuple(said.prompt),
         sampling=sampling,
         stop=tuple(options.stop),
         include_stop=options.include_stop,
@@ -192,7 +213,10 @@ def _admissible(
         user=options.user,
         created_s=arrival.created_s,
         timeout_s=None if arrival.timeout_s is None else min(arrival.timeout_s, limits.max_request_s),
+        conversation=said.conversation,
         service_tier=_service_tier(options.service_tier, arrival.caller.standing),
+        max_tool_calls=said.max_tool_calls,
+        is_whole=said.is_whole,
     )
 
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Collection
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rempart_platform.apis.http_limits import HttpLimits
@@ -36,13 +36,12 @@ class Envelope:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
+                said = {"x-request-id": request_id, "openai-processing-ms": str(round((clock() - started) * 1000))}
                 if client_request_id:
-                    headers["x-client-request-id"] = client_request_id
-                headers["openai-processing-ms"] = str(round((clock() - started) * 1000))
+                    said["x-client-request-id"] = client_request_id
                 if not await body.discard(self._limits):
-                    headers["connection"] = "close"
+                    said["connection"] = "close"
+                message["headers"] = [*message.get("headers", ()), *Headers(said).raw]
             await send(message)
 
         await self._app(scope, body.receive, send_with_headers)

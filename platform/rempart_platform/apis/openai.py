@@ -70,14 +70,14 @@ def build_routes(services: ApiServices) -> list[Route]:
     """All there is."""
     models = _Models(services)
     health = _Health(services)
-    return [
+    return [  # in the order in which they are tried
+        Route("/v1/chat/completions", GenerationEndpoint(services, prepare_chat), methods=["POST"]),
+        Route("/v1/completions", GenerationEndpoint(services, prepare_completion), methods=["POST"]),
         Route("/health", health.ready),
         Route("/readyz", health.ready),
         Route("/livez", health.live),
         Route("/v1/models", models.list),
         Route("/v1/models/{name:path}", models.get),
-        Route("/v1/chat/completions", GenerationEndpoint(services, prepare_chat), methods=["POST"]),
-        Route("/v1/completions", GenerationEndpoint(services, prepare_completion), methods=["POST"]),
         Route("/tokenize", _Tokenize(services), methods=["POST"]),
         *FileRoutes(services).all(),
         *BatchRoutes(services).all(),

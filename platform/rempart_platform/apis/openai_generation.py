@@ -1,7 +1,7 @@
 """Chat and text completions: a body in, an answer or a stream of events out."""
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from starlette.datastructures import Headers
@@ -45,8 +45,7 @@ async def prepare_chat(body: bytes, services: ApiServices, arrival: Arrival) -> 
     parsed = decode_body(body, ChatBody, services.http)
     message = chat_request(parsed)
     model = services.catalog.get(message.model, arrival.session(message.options))
-    request = await validation.chat(message, model, services.limits, arrival)
-    request = replace(request, is_whole=not parsed.stream)
+    request = await validation.chat(message, model, services.limits, arrival, is_whole=not parsed.stream)
     context = RenderContext.of(request, model, include_usage=parsed.include_usage)
     return Prepared(request, ChatRenderer(context), bool(parsed.stream))
 
@@ -56,8 +55,7 @@ async def prepare_completion(body: bytes, services: ApiServices, arrival: Arriva
     parsed = decode_body(body, CompletionBody, services.http)
     message = complete_request(parsed)
     model = services.catalog.get(message.model, arrival.session(message.options))
-    request = await validation.complete(message, model, services.limits, arrival)
-    request = replace(request, is_whole=not parsed.stream)
+    request = await validation.complete(message, model, services.limits, arrival, is_whole=not parsed.stream)
     context = RenderContext.of(request, model, include_usage=parsed.include_usage)
     return Prepared(request, CompletionRenderer(context), bool(parsed.stream), echo_deltas(message, request, model))
 

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import msgspec
@@ -63,7 +64,7 @@ class RenderContext:
             request_id=request.request_id,
             created_s=request.created_s,
             model=request.model,
-            fingerprint=fingerprint(model),
+            fingerprint=fingerprint(model.name, model.created_s, model.max_model_len, model.vocab_size),
             service_tier=request.service_tier.name.lower(),
             silent_token_ids=frozenset((*model.eos_token_ids, *request.sampling.stop_token_ids)),
             include_usage=include_usage,
@@ -110,7 +111,8 @@ class TextFrame:
         return b"%b%b%b" % (self._before, encoder.encode(text), self._after)
 
 
-def fingerprint(model: ServedModel) -> str:
-    """Changes when the way the model is served does."""
-    served = f"{model.name}\0{model.created_s}\0{model.max_model_len}\0{model.vocab_size}"
-    return f"fp_{hashlib.sha256(served.encode()).hexdigest()[:12]}"
+@lru_cache(maxsize=256)
+def fingerprint(*served: str | int) -> str:
+    """Changes when any of that by which a model is served does."""
+    text = "\0".join(map(str, served))
+    return f"fp_{hashlib.sha256(text.encode()).hexdigest()[:12]}"

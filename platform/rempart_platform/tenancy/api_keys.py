@@ -7,7 +7,6 @@ is not in Redis, the digests serve no one. A key that is unknown, wrong, revoked
 answer.
 """
 
-import hashlib
 import hmac
 import re
 import secrets
@@ -68,7 +67,7 @@ class KeyHasher:
         self._pepper = pepper
 
     def digest(self, key: str) -> str:
-        return hmac.new(self._pepper, key.encode(), hashlib.sha256).hexdigest()
+        return hmac.digest(self._pepper, key.encode(), "sha256").hex()
 
 
 class ApiKeyStore:
