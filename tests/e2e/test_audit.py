@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,12 +61,12 @@ def write_keys(folder: Path) -> tuple[Path, Path]:
     return private, public
 
 
-async def ask_until_it_dies(router: Router, key: str, num_answers: int) -> int:
-    """Answers that came; the router is killed after `num_answers`."""
-    num_answered = 0
+async def ask_until_it_dies(router: Router, key: str, num_answers: int, is_enough: Callable[[], bool]) -> int:
+    """Answers that came; the router is killed after `num_answers` or more, when it `is_enough`."""
+    num_answered, is_killed = 0, False
 
     async def ask(http: httpx.AsyncClient) -> None:
-        nonlocal num_answered
+        nonlocal num_answered, is_killed
         while True:
             body = {"model": "fake", "prompt": "of nobody's business", "max_tokens": 3}
             try:
@@ -75,13 +75,18 @@ async def ask_until_it_dies(router: Router, key: str, num_answers: int) -> int:
                 return
             assert answer.status_code == 200
             num_answered += 1
-            if num_answered == num_answers:
+            if num_answered >= num_answers and not is_killed and is_enough():
+                is_killed = True
                 router.process.kill()
 
     headers = {"authorization": f"Bearer {key}"}
     async with httpx.AsyncClient(base_url=router.http, headers=headers, timeout=60) as http:
         await asyncio.gather(*(ask(http) for _ in range(4)))
     return num_answered
+
+
+def has_request_stored(folder: Path) -> bool:
+    return any(b'"kind":"request"' in path.read_bytes() for path in folder.rglob("*.jsonl"))
 
 
 def records(url: str, *wanted: str) -> list[dict[str, object]]:
@@ -104,7 +109,7 @@ async def test_a_killed_router_and_one_that_stops_leave_a_log_that_is_right(tmp_
         async with open_admin(first.grpc, ADMIN_KEY) as admin:
             await admin.create_tenant("acme")
             key = (await admin.issue_key("acme")).key
-        num_answered = await ask_until_it_dies(first, key, 100)
+        num_answered = await ask_until_it_dies(first, key, 100, lambda: has_request_stored(tmp_path / "audit"))
         async with open_admin(second.grpc, ADMIN_KEY) as admin:
             await admin.list_tenants()
         second.process.terminate()
