@@ -15,7 +15,10 @@ LONGEST_PROMPT = 700
 NUM_NEW_TOKENS = 64
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True, logprobs=0)
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+    pytest.mark.timeout(900),  # the first test compiles, and computes what all compare with
+]
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ PROMPT = [(5 * place + 2) % CONFIG.vocab_size for place in range(CONFIG.indexer.
 SEEN_WHOLE = PROMPT[: CONFIG.indexer.top_k]
 """Coarse index keys may choose other tokens, whose values in a random model are quite others."""
 
+pytestmark = pytest.mark.timeout(900)  # the interpreter takes minutes on a busy machine
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
