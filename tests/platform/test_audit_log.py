@@ -232,7 +232,7 @@ async def test_an_act_that_cannot_be_recorded_is_not_done() -> None:
 
 
 async def test_an_act_whose_outcome_cannot_be_recorded_is_answered_with_that() -> None:
-    async with rig(replace(FAST, act_timeout_s=0.05)) as it:
+    async with rig(replace(FAST, act_timeout_s=1.0)) as it:
         with pytest.raises(RempartError, match="has been tried"):
             async with it.log.act("admin key", REQUEST, {"act": "issue_key"}):
                 it.segments.is_away = True

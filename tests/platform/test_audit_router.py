@@ -14,6 +14,7 @@ import pytest
 
 from rempart_platform.audit.heads import HeadStore
 from rempart_platform.audit.store import SegmentStore
+from rempart_platform.audit.testing import CHAIN, write_chain
 from rempart_platform.audit.values import AuditConfig
 from rempart_platform.audit.verify import Verification, Wanted, read_records, verify
 from rempart_platform.config import ModelSource, RouterConfig, RouterSecrets
@@ -101,7 +102,7 @@ async def audited_router(
         secrets = RouterSecrets(ADMIN_KEY, PEPPER.encode(), CACHE_SECRET.encode(), redis.url)
         task = asyncio.create_task(serve(config, secrets, ready.set_result, stop))
         try:
-            line = {name: str(value) for name, value in (await asyncio.wait_for(ready, 20)).items()}
+            line = {name: str(value) for name, value in (await asyncio.wait_for(ready, 60)).items()}
             store = SegmentStore(open_object_store(config.audit.store))
             yield Audited(line, store, redis.url, folder, stop, task)
         finally:
@@ -110,7 +111,7 @@ async def audited_router(
 
 
 def chat(key: str, url: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=20)
+    return httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=60)
 
 
 def body(**fields: object) -> dict[str, object]:
@@ -174,7 +175,7 @@ async def test_every_act_and_request_is_in_the_log_and_no_text(
 async def test_a_router_whose_log_cannot_be_stored_refuses_acts_and_then_requests(
     tmp_path: Path, byte_model_folder: Path, engine: FakeEngine
 ) -> None:
-    async with audited_router(tmp_path, byte_model_folder, engine, max_buffered=3, act_timeout_s=0.2) as router:
+    async with audited_router(tmp_path, byte_model_folder, engine, max_buffered=3, act_timeout_s=2.0) as router:
         key = await router.make_key()
         chains = tmp_path / "chains"
         chains.rename(tmp_path / "moved")
@@ -190,7 +191,7 @@ async def test_a_router_whose_log_cannot_be_stored_refuses_acts_and_then_request
             assert int(answers[-1].headers["retry-after"]) >= 1
             chains.unlink()
             (tmp_path / "moved").rename(chains)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while (await http.post("/v1/completions", json=body())).status_code != 200:
                     pass
         router.stop.set()
@@ -259,7 +260,10 @@ async def test_who_comes_with_a_token_is_in_the_log_an_admin_by_name_a_tenant_by
         issuer.keys["ed"] = new_key("EdDSA")
         oidc = OidcConfig(issuer=issuer.url, audience=AUDIENCE, admin_role="operator")
         async with audited_router(tmp_path, byte_model_folder, engine, {"oidc": oidc}) as router:
-            tenant, operator = issuer.token("ed", "EdDSA"), issuer.token("ed", "EdDSA", sub="grace", roles=["operator"])
+            tenant, operator = (
+                issuer.token("ed", "EdDSA", sub="ophelia"),
+                issuer.token("ed", "EdDSA", sub="grace", roles=["operator"]),
+            )
             async with grpc.aio.insecure_channel(router.line["grpc"]) as channel:
                 admin = admin_pb2_grpc.AdminStub(channel)
                 request = admin_pb2.CreateTenantRequest(name="acme")
@@ -277,4 +281,20 @@ async def test_who_comes_with_a_token_is_in_the_log_an_admin_by_name_a_tenant_by
             (asked,) = await router.records("request")
             assert asked["tenant"] == "acme"
             assert str(asked["key_id"]).startswith("oidc:")
-            assert "ada" not in str(asked)
+            assert "ophelia" not in str(asked)
+
+
+async def test_a_router_removes_what_is_older_than_it_is_to_keep(
+    tmp_path: Path, byte_model_folder: Path, engine: FakeEngine
+) -> None:
+    old = write_chain([2, 2]).segments
+    for path, data in old.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(data)
+    async with audited_router(tmp_path, byte_model_folder, engine, retention_days=30) as audited, asyncio.timeout(60):
+        while not (removals := await audited.records("removal")) or await audited.store.days(CHAIN):  # noqa: ASYNC110 - below
+            await asyncio.sleep(0.01)  # nothing of a router says it
+    (removal,) = removals
+    assert (removal["of_chain"], removal["first"], removal["last"]) == (CHAIN, 0, 3)
+    done = await verify(audited.store)
+    assert (done.problems, done.num_chains) == ([], 1), "that of the router, which is of today"

@@ -67,7 +67,7 @@ async def audit_log(
     *,
     changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> AsyncIterator[AuditLog]:
-    config = replace(AuditConfig(store=url, seal_s=0.01), **changes)
+    config = replace(AuditConfig(store=url, seal_s=0.01, close_timeout_s=60.0), **changes)
     async with open_audit_log(config, redis, registry or CollectorRegistry(), "digest") as log:
         assert log is not None
         yield log
