@@ -250,9 +250,9 @@ async def test_a_valid_token_is_remembered_for_a_moment_and_not_beyond_its_end(i
             asked.append(kid)
             return jwt.PyJWK(to_jwk(RSA))
 
+    token = issuer.token("rsa")
     clock, wall_clock = Clock(), Clock(time.time())
     verifier = TokenVerifier(config_of(issuer), Keys(), clock=clock, wall_clock=wall_clock)
-    token = issuer.token("rsa")
     assert [(await verifier.claims(token))["sub"] for _ in range(3)] == ["ada"] * 3
     assert len(asked) == 1
     clock.now_s += 5.0
@@ -521,7 +521,7 @@ def _services(rig: Rig, dispatcher: FakeDispatcher) -> ApiServices:
 
 async def test_over_http(issuer: Issuer, rig: Rig) -> None:
     dispatcher = FakeDispatcher()
-    async with serve_http(_services(rig, dispatcher)) as url, httpx.AsyncClient(base_url=url) as http:
+    async with serve_http(_services(rig, dispatcher)) as url, httpx.AsyncClient(base_url=url, timeout=60) as http:
 
         async def ask(bearer: str) -> httpx.Response:
             body = {"model": MODEL, "prompt": "x"}
