@@ -68,13 +68,13 @@ class Router:
         return {"authorization": f"Bearer {self.key}"}
 
     def http(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.line["http"], headers=self.authorization, timeout=10)
+        return httpx.AsyncClient(base_url=self.line["http"], headers=self.authorization, timeout=60)
 
     def channel(self) -> grpc.aio.Channel:
         return grpc.aio.insecure_channel(self.line["grpc"])
 
     async def metric(self, name: str, *labels: str) -> float:
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(timeout=60) as client:
             text = (await client.get(self.line["metrics"])).text
         return sum(
             float(line.split()[-1])
@@ -110,7 +110,7 @@ async def running_router(folder: Path, *engines: FakeEngine, **changes: object) 
         try:
             task.add_done_callback(lambda _: ready.cancel())
             try:
-                line = {name: str(value) for name, value in (await asyncio.wait_for(ready, 20)).items()}
+                line = {name: str(value) for name, value in (await asyncio.wait_for(ready, 60)).items()}
             except asyncio.CancelledError:
                 await task  # it could not start, and says why
                 raise
@@ -200,10 +200,10 @@ async def test_a_stream_that_its_client_leaves_is_charged_as_delivered(router: R
             pass
     await engine.wait_for(lambda: engine.num_running == 0)
     assert len(engine.aborted_ids) == 1
-    async with router.channel() as channel:
-        usage = await admin_pb2_grpc.AdminStub(channel).GetUsage(
-            admin_pb2.GetUsageRequest(tenant="acme"), metadata=(("authorization", f"Bearer {ADMIN_KEY}"),)
-        )
+    async with router.channel() as channel, asyncio.timeout(30):
+        admin, metadata = admin_pb2_grpc.AdminStub(channel), (("authorization", f"Bearer {ADMIN_KEY}"),)
+        while not (usage := await admin.GetUsage(admin_pb2.GetUsageRequest(tenant="acme"), metadata=metadata)).records:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)  # it is settled after its client has gone
     assert 0 < usage.records[0].completion_tokens < 1900
     assert await router.metric("requests_total", 'outcome="client_closed_request"') == 1
 
@@ -271,7 +271,7 @@ async def test_reflection_lists_the_services(router: Router) -> None:
 
 
 async def test_a_drain_lets_running_streams_end_and_takes_no_new_ones(model_folder: Path, engine: FakeEngine) -> None:
-    async with running_router(model_folder, engine) as router, router.channel() as channel:
+    async with running_router(model_folder, engine, drain_timeout_s=120.0) as router, router.channel() as channel:
         engine.step_s = 0.01
         async with (
             router.http() as http,
@@ -332,12 +332,12 @@ async def test_the_process_prints_one_ready_line_and_leaves_by_a_signal_with_0(
             stderr=asyncio.subprocess.PIPE,
         )
         assert process.stdout is not None
-        line = json.loads(await asyncio.wait_for(process.stdout.readline(), 20))
+        line = json.loads(await asyncio.wait_for(process.stdout.readline(), 60))
         assert set(line) == {"ready", "http", "grpc", "metrics"}
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(timeout=60) as client:
             assert (await client.get(f"{line['http']}/readyz")).status_code == 200
         process.send_signal(signal.SIGTERM)
-        rest, errors = await asyncio.wait_for(process.communicate(), 20)
+        rest, errors = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 0, errors
     assert rest == b""
     assert all(json.loads(entry) for entry in errors.splitlines())
@@ -371,7 +371,7 @@ async def test_a_request_wakes_engines_that_kubernetes_then_names(
             assert (await http.get("/readyz")).status_code == 200  # without one engine, or nobody would come
             assert await router.metric("rempart_requests_held", MODEL) == 0
             asking = asyncio.create_task(http.post("/v1/chat/completions", json=chat_body()))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while await router.metric("rempart_requests_held", MODEL) == 0:  # noqa: ASYNC110 - as an autoscaler
                     await asyncio.sleep(0.01)
             port = int(engine.address.rpartition(":")[2])
