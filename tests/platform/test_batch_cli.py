@@ -45,7 +45,7 @@ class Shell:
 
     async def run(self, *args: str) -> Ended:
         process = await self.start(*args)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             stdout, stderr = await process.communicate()
         return Ended(process.returncode, stdout.decode(), stderr.decode())
 
@@ -177,7 +177,7 @@ async def test_nothing_of_a_pipe_is_lost(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     async with shell() as sh:
         sh.batches.works = True
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             _, ended = await asyncio.gather(
                 asyncio.to_thread(pipe.write_text, "".join(LINES)), sh.run("run", str(pipe), "--poll-s", "0.01")
             )
@@ -201,7 +201,7 @@ async def test_a_download_that_breaks_off_leaves_nothing(tmp_path: Path) -> None
 
 
 async def test_ctrl_c_leaves_the_batch_and_says_how_to_fetch_it(requests: Path) -> None:
-    async with shell() as sh, asyncio.timeout(30):
+    async with shell() as sh, asyncio.timeout(120):
         process = await sh.start("run", str(requests), "--poll-s", "0.01")
         assert process.stderr is not None
         batch_id = (await process.stderr.readline()).decode().strip()

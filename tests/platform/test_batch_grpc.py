@@ -169,7 +169,7 @@ async def test_a_client_that_is_still_sending_sees_why_it_is_refused() -> None:
 
 async def test_a_file_is_passed_on_before_it_has_come_whole() -> None:
     files = FakeFiles()
-    async with stub_of(files) as stub, asyncio.timeout(5):
+    async with stub_of(files) as stub, asyncio.timeout(30):
         call = stub.UploadFile(metadata=AUTH)
         await call.write(about())
         await call.write(content(CONTENT))
@@ -182,7 +182,7 @@ async def test_a_file_is_passed_on_before_it_has_come_whole() -> None:
 
 async def test_a_client_that_stalls_is_given_up_and_nothing_is_kept() -> None:
     files = FakeFiles()
-    async with stub_of(files, http=HttpLimits(body_grace_s=0.2)) as stub, asyncio.timeout(5):
+    async with stub_of(files, http=HttpLimits(body_grace_s=0.2)) as stub, asyncio.timeout(30):
         call = stub.UploadFile(metadata=AUTH)
         await call.write(about())
         await call.write(content(CONTENT))
@@ -192,7 +192,7 @@ async def test_a_client_that_stalls_is_given_up_and_nothing_is_kept() -> None:
 
 async def test_nothing_is_kept_of_a_client_that_goes_midway() -> None:
     files = FakeFiles()
-    async with stub_of(files) as stub, asyncio.timeout(5):
+    async with stub_of(files) as stub, asyncio.timeout(30):
         call = stub.UploadFile(metadata=AUTH)
         await call.write(about())
         await call.write(content(CONTENT))
@@ -208,7 +208,7 @@ async def test_a_download_that_is_not_read_is_cut() -> None:
     file_id = files.add(CALLER.tenant, b"x" * 20_000_000).file_id
     async with stub_of(files, grpc_limits=GrpcLimits(write_timeout_s=0.3)) as stub:
         call = stub.DownloadFile(batch_pb2.DownloadFileRequest(file_id=file_id), metadata=AUTH)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await call.read()
             await files.read_ended.wait()
         call.cancel()

@@ -43,7 +43,7 @@ async def client_of(write: Callable[[str, int], str]) -> AsyncIterator[tuple[Asy
         engine_rig(write) as rig,
         serve_http(rig.services) as url,
         openai.DefaultAsyncHttpxClient(verify=False) as transport,  # plain HTTP: certificates only take time to load
-        AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=10, http_client=transport) as client,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60, http_client=transport) as client,
     ):
         yield client, rig
 
@@ -53,7 +53,7 @@ async def plain_client_of(write: Callable[[str, int], str]) -> AsyncIterator[htt
     async with (
         engine_rig(write) as rig,
         serve_http(rig.services) as url,
-        httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=10, verify=False) as client,
+        httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=60, verify=False) as client,
     ):
         yield client
 
@@ -310,7 +310,7 @@ TOKENIZED: list[dict[str, object]] = [
 async def test_tokenize_renders_what_a_chat_would(fields: dict[str, object]) -> None:
     async with engine_rig(always("ok")) as rig, serve_http(rig.services) as url:
         headers = {"authorization": f"Bearer {KEY}"}
-        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=10, verify=False) as client:
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60, verify=False) as client:
             body = {"model": MODEL, "messages": HI, **fields}
             tokens = (await client.post("/tokenize", json=body)).json()["tokens"]
             assert (await client.post("/v1/chat/completions", json=body)).status_code == 200

@@ -71,7 +71,7 @@ async def test_server_dies_with_its_parent() -> None:
     server = psutil.Process(int(pid))
     parent.kill()
     await parent.wait()
-    psutil.wait_procs([server], timeout=5)
+    psutil.wait_procs([server], timeout=30)
     assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
     socket = _socket_of(url)
     for leftover in socket.parent.iterdir():

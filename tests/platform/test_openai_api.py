@@ -27,7 +27,7 @@ async def client_of(dispatcher: FakeDispatcher, **kwargs: object) -> AsyncIterat
     async with (
         serve_http(fake_services(dispatcher, **kwargs)) as url,  # type: ignore[arg-type] # by name
         openai.DefaultAsyncHttpxClient(verify=False) as transport,  # plain HTTP: certificates only take time to load
-        AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=10, http_client=transport) as client,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60, http_client=transport) as client,
     ):
         yield client
 
@@ -36,7 +36,7 @@ async def client_of(dispatcher: FakeDispatcher, **kwargs: object) -> AsyncIterat
 async def plain_client_of(dispatcher: FakeDispatcher, **kwargs: object) -> AsyncIterator[httpx.AsyncClient]:
     async with (
         serve_http(fake_services(dispatcher, **kwargs)) as url,  # type: ignore[arg-type] # by name
-        httpx.AsyncClient(base_url=url, headers=AUTH, timeout=10, verify=False) as client,
+        httpx.AsyncClient(base_url=url, headers=AUTH, timeout=60, verify=False) as client,
     ):
         yield client
 
@@ -549,7 +549,7 @@ async def test_a_client_that_goes_away_ends_its_generation(pause_at: int, stream
         await dispatcher.started.wait()
         assert not dispatcher.ended.is_set()
         asking.cancel()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(30):
             await dispatcher.ended.wait()
         with pytest.raises(asyncio.CancelledError):
             await asking

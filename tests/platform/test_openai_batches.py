@@ -45,7 +45,7 @@ async def rig(limits: BatchLimits | None = None) -> AsyncIterator[Rig]:
         serve_http(batch_services(files, batches, limits=limits)) as url,
         openai.DefaultAsyncHttpxClient(verify=False) as transport,  # plain HTTP: certificates only take time to load
         httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {KEY}"}, verify=False) as plain,
-        AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=10, http_client=transport) as client,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60, http_client=transport) as client,
     ):
         made = Rig(client, client.with_options(api_key=OTHER_KEY), plain, batches)
         made.input_file_id = files.add(CALLER.tenant, b"{}\n").file_id

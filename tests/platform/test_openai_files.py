@@ -45,7 +45,7 @@ async def client_of(files: FakeFiles, key: str = KEY, **kwargs: object) -> Async
     async with (
         serve_http(services) as url,
         openai.DefaultAsyncHttpxClient(verify=False) as transport,  # plain HTTP: certificates only take time to load
-        AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=10, http_client=transport) as client,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60, http_client=transport) as client,
     ):
         yield client
 
@@ -56,7 +56,7 @@ async def plain_client_of(files: FakeFiles, **kwargs: object) -> AsyncIterator[h
     headers = {"authorization": f"Bearer {KEY}"}
     async with (
         serve_http(services) as url,
-        httpx.AsyncClient(base_url=url, headers=headers, timeout=10, verify=False) as client,
+        httpx.AsyncClient(base_url=url, headers=headers, timeout=60, verify=False) as client,
     ):
         yield client
 
@@ -309,7 +309,7 @@ async def test_a_file_is_passed_on_before_it_has_come_whole() -> None:
 
     async def halves() -> AsyncIterator[bytes]:
         yield body[:middle]
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await files.taken.wait()
         assert not files.ended.is_set()
         yield body[middle:]
@@ -324,7 +324,7 @@ async def test_a_client_that_stalls_is_given_up_and_nothing_is_kept() -> None:
 
     async def stalls() -> AsyncIterator[bytes]:
         yield form(PURPOSE, FILE)[:-40]
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await files.ended.wait()
 
     async with plain_client_of(files, http=LIMITS) as client:
@@ -358,7 +358,7 @@ async def test_nothing_is_kept_of_a_client_that_goes_midway() -> None:
         head = f"POST /v1/files HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\ncontent-length: 100000\r\n"
         writer.write(head.encode() + b"content-type: multipart/form-data; boundary=limit\r\n\r\n")
         writer.write(form(PURPOSE, FILE)[:-40])
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await files.taken.wait()
             writer.transport.abort()
             await files.ended.wait()
@@ -395,7 +395,7 @@ async def test_a_client_that_goes_ends_its_download() -> None:
         async with client.stream("GET", f"/v1/files/{file_id}/content") as response:
             await anext(response.aiter_raw())
             assert not files.read_ended.is_set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await files.read_ended.wait()
 
 
