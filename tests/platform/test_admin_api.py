@@ -169,9 +169,12 @@ async def test_plans_prices_and_limits_of_models_and_keys(service: Service) -> N
         (pb.SetPriceRequest(price=pb.ModelPrice(model="m", cached_nanos=1)), "price.cached"),
         (pb.SetPriceRequest(price=pb.ModelPrice(input_nanos=1)), "model"),
         (pb.SetPriceRequest(currency=""), "currency"),
+        (pb.SetPriceRequest(price=pb.ModelPrice(model="m"), currency="x" * 16), "currency"),
+        (pb.SetPriceRequest(price=pb.ModelPrice(), currency="USD"), "model"),
     ):
         code, details = await _refused(admin.SetPrice(request, metadata=CREDENTIALS))
         assert (code, details["BadRequest"].field_violations[0].field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
+        assert await admin.ListPrices(pb.ListPricesRequest(), metadata=CREDENTIALS) == prices, "all or nothing"
     unset = pb.SetTenantLimitsRequest(tenant="acme", unset=["patience"])
     code, details = await _refused(admin.SetTenantLimits(unset, metadata=CREDENTIALS))
     assert details["BadRequest"].field_violations[0].field == "unset"

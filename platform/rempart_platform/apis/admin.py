@@ -164,13 +164,14 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
 
     async def SetPrice(self, request: admin_pb2.SetPriceRequest, context: Context) -> admin_pb2.PriceList:
         async with self._act(context, request, "set_price", model=request.price.model):
+            currency = request.currency if request.HasField("currency") else None
             if request.HasField("price"):
                 price = request.price
                 self._require_no_alias(price.model, "price.model")
                 values = ModelPrice(price.input_nanos, price.cached_nanos, price.output_nanos)
-                await self._prices.set_price(price.model, values)
-            if request.HasField("currency"):
-                await self._prices.set_currency(request.currency)
+                await self._prices.set_price(price.model, values, currency)
+            elif currency is not None:
+                await self._prices.set_currency(currency)
             return _prices_message(await self._prices.read())
 
     async def ListPrices(self, request: admin_pb2.ListPricesRequest, context: Context) -> admin_pb2.PriceList:

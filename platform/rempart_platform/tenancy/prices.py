@@ -5,7 +5,7 @@ A price of 1.234 per million tokens is 1,234 billionths of the currency per toke
 
 from dataclasses import dataclass, field
 
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import invalid_request
 from rempart_platform.generation import Usage
 from rempart_platform.tenancy.keyspace import PRICES
 from rempart_platform.tenancy.redis_client import RedisClient
@@ -33,10 +33,9 @@ class ModelPrice:
         for name in ("input", "cached", "output"):
             if not 0 <= getattr(self, name) <= MAX_NANOS_PER_TOKEN:
                 text = f"'{name}' must be between 0 and {MAX_NANOS_PER_TOKEN} billionths per token."
-                raise RempartError(ErrorKind.INVALID_REQUEST, text, param=f"price.{name}")
+                raise invalid_request(text, f"price.{name}")
         if self.cached > self.input:
-            text = "Cached input tokens cannot cost more than others."
-            raise RempartError(ErrorKind.INVALID_REQUEST, text, param="price.cached")
+            raise invalid_request("Cached input tokens cannot cost more than others.", "price.cached")
 
     def worst_cost(self, tokens: int, prompt_tokens: int) -> int:
         """Cost of a request that uses all of `tokens`, of which the prompt has `prompt_tokens` and none is cached."""
@@ -80,16 +79,22 @@ class PriceRegistry:
         }
         return PriceList(stored.get("currency", ""), of_models)
 
-    async def set_price(self, model: str, price: ModelPrice) -> None:
+    async def set_price(self, model: str, price: ModelPrice, currency: str | None = None) -> None:
+        """And the currency with it, when one is given."""
         if not model:
-            raise RempartError(ErrorKind.INVALID_REQUEST, "A price needs a model.", param="model")
-        await self._redis.write_hash(PRICES, {_PREFIX + model: f"{price.input} {price.cached} {price.output}"})
+            raise invalid_request("A price needs a model.", "model")
+        fields = {} if currency is None else _currency_field(currency)
+        fields[_PREFIX + model] = f"{price.input} {price.cached} {price.output}"
+        await self._redis.write_hash(PRICES, fields)
 
     async def set_currency(self, currency: str) -> None:
-        if not 0 < len(currency) <= _MAX_CURRENCY_CHARS or not currency.isprintable():
-            text = f"A currency has 1 to {_MAX_CURRENCY_CHARS} characters."
-            raise RempartError(ErrorKind.INVALID_REQUEST, text, param="currency")
-        await self._redis.write_hash(PRICES, {"currency": currency})
+        await self._redis.write_hash(PRICES, _currency_field(currency))
+
+
+def _currency_field(currency: str) -> dict[str, str]:
+    if not 0 < len(currency) <= _MAX_CURRENCY_CHARS or not currency.isprintable():
+        raise invalid_request(f"A currency has 1 to {_MAX_CURRENCY_CHARS} characters.", "currency")
+    return {"currency": currency}
 
 
 def _parse(stored: str) -> ModelPrice:
