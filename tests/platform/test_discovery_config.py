@@ -46,6 +46,8 @@ def test_times_and_limits_of_all_this_are_flags() -> None:
         (("--engines", "h:1", "--engines-dns", "e:1"), "not allowed with argument --engines"),
         (("--engines-dns", "e:1", "--engines-kubernetes", "llm/e"), "not allowed with argument --engines-dns"),
         (("--engines-dns", "engines"), "'engines' is not host:port"),
+        (("--engines-dns", "engines..svc:1"), "'engines..svc:1' is not host:port"),
+        (("--engines-dns", f"{'e' * 64}.svc:1"), "is not host:port"),
         (("--engines-kubernetes", "engines"), "'engines' is not NAMESPACE/SERVICE"),
         (("--engines", "h:1", "--leader-lease", "router"), "is not NAMESPACE/NAME"),
         (("--engines", "h:1", "--leader-renew-s", "15"), "--leader-renew-s must be below lease_s"),

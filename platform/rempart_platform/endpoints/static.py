@@ -43,6 +43,14 @@ def parse_address(text: str) -> tuple[str, int]:
         ValueError: it is malformed; the message names it.
     """
     host, _, port = text.strip().rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    if not _is_host(host) or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(f"endpoint {text!r} is not host:port")
     return host, int(port)
+
+
+def _is_host(text: str) -> bool:
+    """Whether it can be looked up: no part of a name is empty or too long."""
+    try:
+        return bool(text.encode("idna"))
+    except UnicodeError:
+        return False
