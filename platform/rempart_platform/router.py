@@ -79,6 +79,8 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
             await _sow(apply_seed(redis, seed, keys, audit.seeding if audit else tell_nobody), stop)
         ledger = await stack.enter_async_context(open_ledger(redis, config.quota, QuotaMetrics(metrics)))
         leadership = await stack.enter_async_context(open_leadership(config, registry))
+        if audit is not None and audit.retention is not None:
+            await stack.enter_async_context(_running(audit.retention.run(leadership.is_leader)))
         source = await stack.enter_async_context(open_source(config, DiscoveryMetrics(registry)))
         pool, readiness, holding = _build_pool(config, catalog, source, metrics)
         registry.register(EndpointCollector(pool.states))

@@ -103,7 +103,7 @@ ZERO_MAKES_SENSE = {
     *("--quota-cached-token-weight", "--quota-recount-s", "--quota-max-recounted", "--quota-drain-s"),
     *("--queue-output-weight", "--queue-ageing-s", "--queue-block-s", "--queue-drain-s", "--queue-capacity-reserve"),
     *("--batch-drain-s", "--batch-keep-parts-s", "--batch-record-lifetime-s", "--batch-limits-file-lifetime-s"),
-    *("--audit-close-timeout-s", "--oidc-leeway-s", "--oidc-memory-s"),
+    *("--audit-retention-days", "--audit-close-timeout-s", "--oidc-leeway-s", "--oidc-memory-s"),
 }
 
 

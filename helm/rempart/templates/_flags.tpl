@@ -15,7 +15,7 @@
 
 {{/* Flags that follow from other values, so nobody may give them again. */}}
 {{- define "rempart.routerFlagsOfTheChart" -}}
-alias audit-store batch-store chat-format drain-delay-s drain-timeout-s engines engines-dns engines-kubernetes grpc-port hold-without-engine-s host http-port leader-lease max-model-len metrics-port model oidc-admin-role oidc-audience oidc-issuer oidc-tenant-claim tenants-file
+alias audit-retention-days audit-store batch-store chat-format drain-delay-s drain-timeout-s engines engines-dns engines-kubernetes grpc-port hold-without-engine-s host http-port leader-lease max-model-len metrics-port model oidc-admin-role oidc-audience oidc-issuer oidc-tenant-claim tenants-file
 {{- end -}}
 
 {{- define "rempart.engineFlagsOfTheChart" -}}

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from rempart_platform.audit.beginning import WHOLE, Beginning
 from rempart_platform.audit.chain import NO_LINK, hash_line, head_line, seal_line, segment_path
 from rempart_platform.audit.signing import is_signed
 from rempart_platform.audit.values import Kind
@@ -43,22 +44,42 @@ class ChainReader:
         public_key: who must have signed it, 32 bytes; None trusts whom the chain itself names, which finds damage but
             no forgery.
         known: what Redis says of it; None when it is not asked.
+        beginning: what the first segment follows, where those before it were removed for their age.
+
+    Raises:
+        BadChainError: the beginning is not that of a chain of this key and this head.
     """
 
-    def __init__(self, chain: str, public_key: bytes | None = None, known: Head | None = None) -> None:
+    def __init__(
+        self,
+        chain: str,
+        public_key: bytes | None = None,
+        known: Head | None = None,
+        beginning: Beginning = WHOLE,
+    ) -> None:
         self._chain = chain
         self._public_key = public_key
         self._known = known
-        self._day = ""
-        self._next = 0
-        self._num_segments = 0
-        self._link = NO_LINK
-        self._is_ended = False
+        self._day = beginning.day
+        self._first = self._next = beginning.first
+        self._num_segments = beginning.segment
+        self._link = beginning.previous
+        self._is_ended = beginning.is_ended
+        if beginning.public_key is not None:
+            self._take_key(beginning.public_key)
+        if known is not None and known.last < self._next - 1:
+            self._known = Head()  # what Redis heard of last was removed
+        self._check_known()
 
     @property
     def num_records(self) -> int:
         """That are right."""
-        return self._next
+        return self._next - self._first
+
+    @property
+    def beginning(self) -> Beginning:
+        """What the next segment must follow."""
+        return Beginning(self._next, self._num_segments, self._link, self._day, self._public_key, self._is_ended)
 
     def take(self, path: str, data: bytes) -> list[dict[str, Any]]:
         """The records of the next segment.
@@ -116,15 +137,17 @@ class ChainReader:
         if (record.get("kind") == Kind.GENESIS) != (number == 0) or self._is_ended:
             raise self._bad(number, f"no '{record.get('kind')}' can be there")
         if number == 0:
-            self._take_key(record)
+            self._take_key(self._key_of(record))
         self._is_ended = record.get("kind") == Kind.END
         return record
 
-    def _take_key(self, genesis: dict[str, Any]) -> None:
+    def _key_of(self, genesis: dict[str, Any]) -> bytes:
         try:
-            named = bytes.fromhex(genesis.get("public_key", ""))
+            return bytes.fromhex(genesis.get("public_key", ""))
         except (TypeError, ValueError):
             raise self._bad(0, "its public key cannot be read") from None
+
+    def _take_key(self, named: bytes) -> None:
         if self._public_key is not None and named != self._public_key:
             raise self._bad(0, "the chain is not signed with the given key")
         self._public_key = named

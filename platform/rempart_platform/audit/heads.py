@@ -4,7 +4,7 @@ What storage tells and what Redis tells is kept by different hands; whoever want
 """
 
 from rempart_platform.audit.check import BadChainError, Head
-from rempart_platform.tenancy.keyspace import AUDIT_HEADS
+from rempart_platform.tenancy.keyspace import AUDIT_BEGINNINGS, AUDIT_HEADS
 from rempart_platform.tenancy.redis_client import RedisClient
 
 
@@ -28,6 +28,15 @@ class HeadStore:
             return None if stored is None else _parse(str(stored))
         except ValueError:
             raise BadChainError(f"chain {chain}: what Redis says of it cannot be read") from None
+
+    async def write_beginning(self, chain: str, first: int) -> None:
+        """Remembers that records before this one may be gone; never that it were fewer."""
+        await self._redis.call(lambda redis: redis.zadd(AUDIT_BEGINNINGS, {chain: first}, gt=True))
+
+    async def beginning(self, chain: str) -> int:
+        """Of the records before this one, all may have been removed for their age."""
+        first = await self._redis.call(lambda redis: redis.zscore(AUDIT_BEGINNINGS, chain))
+        return int(first or 0)
 
     async def chains(self) -> set[str]:
         """Names of all that there have ever been."""

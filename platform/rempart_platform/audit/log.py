@@ -25,6 +25,7 @@ from rempart_platform.audit.chain import ChainWriter
 from rempart_platform.audit.heads import HeadStore
 from rempart_platform.audit.metrics import AuditMetrics
 from rempart_platform.audit.records import cut, message_fields, request_fields
+from rempart_platform.audit.retention import Retention
 from rempart_platform.audit.sealer import Sealer
 from rempart_platform.audit.signing import read_signing_key
 from rempart_platform.audit.store import SegmentStore
@@ -43,9 +44,11 @@ _NOTHING_DONE = "Nothing was done."
 class AuditLog:
     """What the rest of a router tells its audit log; made by `open_audit_log`."""
 
-    def __init__(self, buffer: AuditBuffer, config: AuditConfig) -> None:
+    def __init__(self, buffer: AuditBuffer, config: AuditConfig, retention: Retention | None = None) -> None:
         self._buffer = buffer
         self._config = config
+        self.retention = retention
+        """Runs beside it while the router leads; None where everything is kept."""
 
     def require_room(self) -> None:
         """Raises RempartError UNAVAILABLE when a new request could not be recorded, and must therefore not run."""
@@ -148,14 +151,15 @@ async def open_audit_log(
     store = SegmentStore(open_object_store(config.store))
     signer = read_signing_key(Path(config.signing_key)) if config.signing_key else None
     writer = ChainWriter(new_chain_name(), signer)
-    buffer = AuditBuffer(config, clock)
-    sealer = Sealer(buffer, writer, store, HeadStore(redis), config, AuditMetrics(registry, buffer, clock))
+    buffer, heads = AuditBuffer(config, clock), HeadStore(redis)
+    sealer = Sealer(buffer, writer, store, heads, config, AuditMetrics(registry, buffer, clock))
+    retention = Retention(buffer, store, heads, config, signer, clock) if config.retention_days else None
     genesis = {"version": version("rempart"), "config": config_digest, "public_key": writer.public_key.hex()}
     buffer.add(Kind.GENESIS, genesis)
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(sealer.run())
         try:
-            yield AuditLog(buffer, config)
+            yield AuditLog(buffer, config, retention)
         finally:
             sealer.stop()
             await _wait_for_end(running, buffer, config.close_timeout_s)

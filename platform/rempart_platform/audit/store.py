@@ -1,6 +1,7 @@
 """Segments in object storage.
 
     chains/<router>-<16 hex>/2026-11-25/0000000000000000.jsonl         number of its first record
+    beginnings/<router>-<16 hex>/0000000000000007.jsonl                the same, of the first that is kept
 
 They are made, never changed. A segment that is there already with the same bytes was put by an attempt whose answer
 was lost.
@@ -9,16 +10,27 @@ was lost.
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import suppress
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
 
+from rempart_platform.audit.beginning import (
+    WHOLE,
+    BadBeginningError,
+    Beginning,
+    decode_beginning,
+    encode_beginning,
+)
 from rempart_platform.audit.chain import Segment
+from rempart_platform.audit.check import BadChainError
+from rempart_platform.audit.signing import Signer
 from rempart_platform.object_store import ObjectStore, sync_to_disk
 
 STORE_ERRORS = (BaseError, OSError, TimeoutError)
 """What storage raises when it cannot serve."""
 _ROOT = "chains"
+_BEGINNINGS = "beginnings"
 _MAX_SEGMENT_BYTES = 1 << 28
 _READ_AHEAD = 16
 
@@ -65,12 +77,45 @@ class SegmentStore:
         """UTC days of which a chain has segments, sorted."""
         return await self._folders(f"{_ROOT}/{chain}")
 
-    async def segments(self, chain: str, days: Iterable[str]) -> AsyncIterator[tuple[str, bytes]]:
-        """Paths and bytes of the segments of these days, in order. No more than a day's paths are held at a time."""
+    async def segments(self, chain: str, days: Iterable[str], *, first: int = 0) -> AsyncIterator[tuple[str, bytes]]:
+        """Paths and bytes of the segments of these days, in order. No more than a day's paths are held at a time.
+
+        Those before the record `first` are left out.
+        """
         for day in days:
-            listed = await obstore.list(self._store, f"{_ROOT}/{chain}/{day}").collect_async()
-            async for segment in self._read_ahead(sorted(each["path"] for each in listed)):
+            paths = await self._paths(f"{_ROOT}/{chain}/{day}")
+            async for segment in self._read_ahead([path for path in paths if not _is_before(path, first)]):
                 yield segment
+
+    async def remove(self, chain: str, days: Iterable[str], *, before: int) -> None:
+        """Removes the segments of these days that begin before that record. Again is harmless."""
+        for day in days:
+            await self._delete(path for path in await self._paths(f"{_ROOT}/{chain}/{day}") if _is_before(path, before))
+
+    async def beginning(self, chain: str, public_key: bytes | None = None) -> Beginning:
+        """Where what is kept of a chain begins, signed with that key if one is given. Raises BadChainError."""
+        paths = await self._paths(f"{_BEGINNINGS}/{chain}")
+        if not paths:
+            return WHOLE
+        try:
+            return decode_beginning(chain, await self.get(paths[-1]), public_key)
+        except BadBeginningError as error:
+            raise BadChainError(f"chain {chain}: of its beginning, {paths[-1]}: {error}") from None
+
+    async def put_beginning(self, chain: str, beginning: Beginning, signer: Signer | None) -> None:
+        """Keeps it, and removes those before it. Of two at the same time, the later beginning holds."""
+        path = f"{_BEGINNINGS}/{chain}/{beginning.first:016d}.jsonl"
+        await self._create(path, encode_beginning(chain, beginning, signer))
+        paths = await self._paths(f"{_BEGINNINGS}/{chain}")
+        await self._delete(each for each in paths if _is_before(each, beginning.first))
+
+    async def _paths(self, prefix: str) -> list[str]:
+        return sorted(each["path"] for each in await obstore.list(self._store, prefix).collect_async())
+
+    async def _delete(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            with suppress(NotFoundError, FileNotFoundError):  # another router removes them too
+                await obstore.delete_async(self._store, path)
 
     async def _read_ahead(self, paths: Sequence[str]) -> AsyncIterator[tuple[str, bytes]]:
         reading: deque[tuple[str, asyncio.Task[bytes]]] = deque()
@@ -91,3 +136,9 @@ class SegmentStore:
     async def _folders(self, prefix: str) -> list[str]:
         listed = await obstore.list_with_delimiter_async(self._store, prefix)
         return sorted(path.rstrip("/").rpartition("/")[2] for path in listed["common_prefixes"])
+
+
+def _is_before(path: str, record: int) -> bool:
+    """Of a segment or a beginning; what has no number is neither, and is never before anything."""
+    number = path.rpartition("/")[2].partition(".")[0]
+    return number.isdecimal() and int(number) < record

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from rempart_platform.audit.beginning import WHOLE, Beginning
 from rempart_platform.audit.chain import ChainWriter, Segment
 from rempart_platform.audit.check import ChainReader, Head
 from rempart_platform.audit.signing import Signer
@@ -75,10 +76,15 @@ def write_chain(sizes: Sequence[int], signer: Signer | None = None, *, tenant: s
 
 
 def read_chain(
-    segments: dict[str, bytes], *, chain: str = CHAIN, head: Head | None = None, public_key: bytes | None = None
+    segments: dict[str, bytes],
+    *,
+    chain: str = CHAIN,
+    head: Head | None = None,
+    public_key: bytes | None = None,
+    beginning: Beginning = WHOLE,
 ) -> int:
     """How many records it has. Raises BadChainError."""
-    reader = ChainReader(chain, public_key, head)
+    reader = ChainReader(chain, public_key, head, beginning)
     for path in sorted(segments):
         reader.take(path, segments[path])
     reader.finish()

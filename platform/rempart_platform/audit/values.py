@@ -44,11 +44,15 @@ class AuditConfig:
     backoff_s: float = 0.1
     """The first wait after a failure; doubled each time, up to `max_backoff_s`."""
     max_backoff_s: float = 5.0
+    retention_days: int = 0
+    """For how many days records are kept at least; older segments are removed. 0 keeps them for ever."""
+    prune_s: float = 3600.0
+    """How often old segments are looked for."""
     close_timeout_s: float = 10.0
     """How long a router that stops tries to seal what is left."""
 
     def __post_init__(self) -> None:
-        require_positive(self, or_zero=("close_timeout_s",))
+        require_positive(self, or_zero=("retention_days", "close_timeout_s"))
         most = _MOST_SEGMENT_RECORDS
         require(self.max_segment_records <= most, "max_segment_records", f"at most {most}")
         if self.signing_key and not self.store:
@@ -73,6 +77,8 @@ class Kind(StrEnum):
     """A tenant's request ended."""
     GAP = "gap"
     """Here records are missing that could not be kept."""
+    REMOVAL = "removal"
+    """Old segments of a chain, `of_chain`, are about to be removed."""
     END = "end"
     """The router stopped in order; nothing comes after it."""
 

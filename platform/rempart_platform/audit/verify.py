@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from rempart_platform.audit.beginning import Beginning
 from rempart_platform.audit.check import BadChainError, ChainReader, Head, decode_line
 from rempart_platform.audit.store import ForeignSegmentError, SegmentStore
 from rempart_platform.audit.values import Kind
@@ -18,6 +19,9 @@ class Heads(Protocol):
     async def chains(self) -> set[str]:
         """Names of all that there have ever been."""
 
+    async def beginning(self, chain: str) -> int:
+        """Of the records before this one, all may have been removed for their age."""
+
 
 @dataclass(slots=True)
 class Verification:
@@ -26,6 +30,8 @@ class Verification:
     num_chains: int = 0
     num_segments: int = 0
     num_records: int = 0
+    num_removed: int = 0
+    """Records that were removed for their age, as is proven."""
     num_lost: int = 0
     """Records that routers could not keep, as the log itself says."""
     problems: list[str] = field(default_factory=list)
@@ -67,8 +73,11 @@ async def verify(
     for chain in sorted(known.union(await store.chains())):
         done.num_chains += 1
         try:
-            reader = ChainReader(chain, public_key, await _head(heads, chain))
-            async for path, data in store.segments(chain, await store.days(chain)):
+            head, beginning = await _head(heads, chain), await store.beginning(chain, public_key)
+            await _check_removal(heads, chain, beginning)
+            done.num_removed += beginning.first
+            reader = ChainReader(chain, public_key, head, beginning)
+            async for path, data in store.segments(chain, await store.days(chain), first=beginning.first):
                 records = reader.take(path, data)
                 done.num_records += len(records)
                 done.num_lost += sum(map(_num_lost, records))
@@ -100,6 +109,13 @@ async def read_records(store: SegmentStore, wanted: Wanted) -> AsyncIterator[dic
 def _num_lost(record: dict[str, Any]) -> int:
     lost = record.get("lost")
     return lost if record.get("kind") == Kind.GAP and isinstance(lost, int) else 0
+
+
+async def _check_removal(heads: Heads | None, chain: str, beginning: Beginning) -> None:
+    """Redis is told first, so it may know of more than is gone by now."""
+    if heads is not None and beginning.first > await heads.beginning(chain):
+        what = f"what came before record {beginning.first} is gone, and Redis has never heard that it is to be"
+        raise BadChainError(f"chain {chain}: {what}")
 
 
 async def _head(heads: Heads | None, chain: str) -> Head | None:

@@ -65,9 +65,11 @@ def verify_log(
         _fail(f"{url} holds no audit log")
     counts = {"chains": done.num_chains, "segments": done.num_segments, "records": done.num_records}
     if as_json:
-        print_json({**counts, "lost": done.num_lost, "problems": done.problems})
+        print_json({**counts, "removed": done.num_removed, "lost": done.num_lost, "problems": done.problems})
     else:
         typer.echo(", ".join(f"{count} {name}" for name, count in counts.items()) + " checked")
+        if done.num_removed:
+            typer.echo(f"{done.num_removed} older records were removed for their age")
         if done.num_lost:
             typer.echo(f"{done.num_lost} records could not be kept: rempart audit show --kind gap tells when", err=True)
         for problem in done.problems:

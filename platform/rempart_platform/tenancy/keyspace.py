@@ -33,6 +33,7 @@ PLANS = "rempart:plans"
 PRICES = "rempart:prices"
 SEEDS = "rempart:seeds"
 AUDIT_HEADS = "rempart:audit:heads"
+AUDIT_BEGINNINGS = "rempart:audit:beginnings"
 _KEYS_OF_ACCOUNT = 6
 
 

@@ -34,6 +34,9 @@
 {{- with .Values.router.auditStore }}
 - {{ printf "--audit-store=%v" . | quote }}
 {{- end }}
+{{- with .Values.router.auditRetentionDays }}
+- {{ printf "--audit-retention-days=%v" (int64 .) | quote }}
+{{- end }}
 {{- with .Values.router.oidc }}
 {{- if .issuer }}
 - {{ printf "--oidc-issuer=%v" .issuer | quote }}
