@@ -34,7 +34,7 @@ from rempart_platform.holding import HoldingRoom
 from rempart_platform.metrics import EndpointCollector, QueueMetrics, QuotaMetrics, RouterMetrics
 from rempart_platform.model_sync import load_catalog, sync_model
 from rempart_platform.models import ModelCatalog
-from rempart_platform.oidc.authenticator import Gates, open_gates
+from rempart_platform.oidc.authenticator import Gates, TenantMemory, open_gates
 from rempart_platform.process_metrics import RouterState, register_process_metrics
 from rempart_platform.readiness import Readiness
 from rempart_platform.servers import grpc_server, http_server, metrics_server
@@ -122,7 +122,7 @@ async def serve(config: RouterConfig, secrets: RouterSecrets, announce: Announce
         http, http_url = await stack.enter_async_context(http_server(build_app(services), config))
         grpc_address = await stack.enter_async_context(grpc_server(inference, batches, admin, readiness, config))
         if batch is not None:
-            runner = OnlineLineRunner(services, BatchCallers(keys, standings))
+            runner = OnlineLineRunner(services, BatchCallers(keys, standings, TenantMemory(TenantRegistry(redis)).has))
             await stack.enter_async_context(batch.working(runner, catalog.has, leadership.is_leader))
         line = {"ready": True, "http": http_url, "grpc": grpc_address, "metrics": metrics_url}
         async with _running(_announce_when_ready(readiness, announce, line)):

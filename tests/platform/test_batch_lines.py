@@ -13,9 +13,13 @@ from rempart_platform.batch.callers import BatchCallers
 from rempart_platform.endpoints.testing import Faults
 from rempart_platform.errors import EngineLostError, ErrorKind, RempartError
 from rempart_platform.generation import Caller, ServiceTier, Standing
+from rempart_platform.oidc.authenticator import TenantMemory
 from rempart_platform.request_trace import RequestTrace
 from rempart_platform.tenancy.api_keys import ApiKeyStore, KeyHasher
+from rempart_platform.tenancy.keyspace import TenantKeys
+from rempart_platform.tenancy.limits import TenantLimits
 from rempart_platform.tenancy.redis_client import RedisClient
+from rempart_platform.tenancy.tenants import TenantRegistry
 from rempart_platform.tenancy.testing import own_redis
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -142,16 +146,32 @@ async def redis() -> AsyncIterator[RedisClient]:
         yield redis
 
 
+async def has_tenant(name: str) -> bool:
+    return name == "acme"
+
+
 async def test_a_caller_comes_with_its_standing_of_now(redis: RedisClient) -> None:
-    callers = BatchCallers(ApiKeyStore(redis, KeyHasher(b"a pepper of 16 bytes")), Tenants())
+    callers = BatchCallers(ApiKeyStore(redis, KeyHasher(b"a pepper of 16 bytes")), Tenants(), has_tenant)
     renewed = await callers(Caller("acme", "oidc:somebody"))
     assert renewed.standing == replace(STANDING, max_tier=ServiceTier.BATCH)
+
+
+async def test_a_token_is_good_for_its_batch_while_its_tenant_exists(redis: RedisClient) -> None:
+    tenants = TenantRegistry(redis)
+    await tenants.create("acme", TenantLimits())
+    has_tenant = TenantMemory(tenants, memory_s=0.0).has
+    callers = BatchCallers(ApiKeyStore(redis, KeyHasher(b"a pepper of 16 bytes")), Tenants(), has_tenant)
+    assert (await callers(Caller("acme", "oidc:somebody"))).tenant == "acme"
+    await redis.call(lambda redis: redis.delete(TenantKeys("acme").tenant))
+    with pytest.raises(RempartError, match="does not exist any more") as caught:
+        await callers(Caller("acme", "oidc:somebody"))
+    assert caught.value.kind is ErrorKind.INVALID_API_KEY
 
 
 async def test_a_key_that_is_revoked_expired_or_anothers_may_not_ask_any_more(redis: RedisClient) -> None:
     keys = ApiKeyStore(redis, KeyHasher(b"a pepper of 16 bytes"), clock=lambda: 1000.0)
     now, wall = 0.0, 1000.0
-    callers = BatchCallers(keys, Tenants(), clock=lambda: now, wall_clock=lambda: wall)
+    callers = BatchCallers(keys, Tenants(), has_tenant, clock=lambda: now, wall_clock=lambda: wall)
     kept, expiring = [(await keys.issue("acme", expires_s)).key_id for expires_s in (0, 1500)]
     for key_id in (kept, expiring):
         assert (await callers(Caller("acme", key_id))).key_id == key_id

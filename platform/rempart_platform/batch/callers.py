@@ -1,7 +1,7 @@
 """Who asked for a batch, looked at again: a job outlives the request that made it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Protocol
 
@@ -27,6 +27,8 @@ class BatchCallers:
     Args:
         keys: where keys are found.
         standings: how tenants stand.
+        has_tenant: whether there is a tenant of that name; raises RempartError UNAVAILABLE. Asked for callers that came
+            with a token of an issuer, which says no more once it has expired.
         memory_s: how long a key is remembered; a revoked one works at most that long.
         clock: monotonic seconds.
         wall_clock: seconds since the epoch.
@@ -36,6 +38,7 @@ class BatchCallers:
         self,
         keys: ApiKeyStore,
         standings: Standings,
+        has_tenant: Callable[[str], Awaitable[bool]],
         *,
         memory_s: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
@@ -43,6 +46,7 @@ class BatchCallers:
     ) -> None:
         self._keys = keys
         self._standings = standings
+        self._has_tenant = has_tenant
         self._clock = clock
         self._wall_clock = wall_clock
         self._known = Memory[str, KeyRecord | None](_CAPACITY, memory_s, clock)
@@ -51,11 +55,13 @@ class BatchCallers:
         """The caller with its standing of now, and no tier above batch.
 
         Raises:
-            RempartError: INVALID_API_KEY, the key was revoked or has expired; UNAVAILABLE when Redis is needed and does
-                not answer.
+            RempartError: INVALID_API_KEY, the key was revoked or has expired, or the tenant is gone; UNAVAILABLE when
+                Redis is needed and does not answer.
         """
-        if is_key_id(caller.key_id):  # else it came without a key of ours, which nobody can revoke here
+        if is_key_id(caller.key_id):
             await self._check_key(caller)
+        elif not await self._has_tenant(caller.tenant):
+            raise RempartError(ErrorKind.INVALID_API_KEY, "The tenant of this batch does not exist any more.")
         standing = await self._standings.of(caller.tenant)
         return replace(caller, standing=replace(standing, max_tier=ServiceTier.BATCH))
 

@@ -35,7 +35,9 @@ class TenantMemory:
         clock: monotonic seconds.
     """
 
-    def __init__(self, tenants: TenantRegistry, memory_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, tenants: TenantRegistry, memory_s: float = 5.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._tenants = tenants
         self._clock = clock
         self._known = Memory[str, bool](_MAX_TENANTS, memory_s, clock)
