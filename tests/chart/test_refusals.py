@@ -89,6 +89,13 @@ def test_the_schema_refuses(wrong: str, named: str) -> None:
         (BASE, (f'engines.{"x" * 45}={{"model": {{"name": "x"}}}}',), "52 characters"),
         (BASE, ('router.aliases={"a": "smollm2:9,other:1"}',), 'router.aliases.a: no engine serves "other"'),
         (BASE, ('router.aliases={"smollm2": "smollm2"}',), "router.aliases.smollm2: is the name of a model"),
+        (FULL, ('tenants.prices.models.canary={"input": "1"}',), 'tenants: "canary" is an alias'),
+        (FULL, ('tenants.plans.gold.models.canary={"concurrency": 1}',), 'tenants: "canary" is an alias'),
+        (
+            FULL,
+            ('tenants.tenants.acme.keys.ci.from_file="/run/secrets/rempart/nowhere/ci"',),
+            "tenants.tenants.acme.keys.ci.from_file: router.secretFiles has no nowhere",
+        ),
         (BASE, ('router.flags={"grpc-port": 9}',), "router.flags.grpc-port: the chart sets it"),
         (BASE, ('router.flags={"drain-delay-s": 60}',), "router.flags.drain-delay-s: the chart sets it"),
         (BASE, (f'{SMALL}.flags={{"model": "/else"}}',), "engines.smollm2.flags.model: the chart sets it"),
