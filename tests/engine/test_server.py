@@ -311,6 +311,7 @@ async def test_a_session_that_is_not_drained_ends_alone(engine: EngineUnderTest,
         slow = SessionClient(engine_pb2_grpc.EngineStub(slow_channel))
         for number in range(32):
             await slow.start(f"s{number}", [number + 1], max_tokens=LONG)
+        await slow.until_first_token("s31")  # all run; from here on nobody reads what they bring
         other = SessionClient(stub)
         await other.start("other", [1], max_tokens=LONG)
         await other.until_first_token("other")
