@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,9 @@ def test_progress_is_told_while_loading_and_the_addresses_when_ready(tmp_path: P
 
 async def test_a_loading_engine_is_alive_but_not_ready_and_takes_nothing(tmp_path: Path) -> None:
     port = next(free_ports())
-    with Gate(tmp_path) as gate:
+    with Gate(tmp_path) as gate, ExitStack() as stack:
         engine = EngineUnderTest(FakeModel(load_gate=gate.path), tmp_path, "--port", str(port))
+        stack.push(engine)  # to be ended; entering it would wait until it is ready
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             health, stub = health_of(channel), engine_pb2_grpc.EngineStub(channel)
             readiness = health.Watch(health_pb2.HealthCheckRequest(service=READINESS), wait_for_ready=True)
@@ -147,8 +149,8 @@ async def test_a_loading_engine_is_alive_but_not_ready_and_takes_nothing(tmp_pat
                 assert await refused.code() is grpc.StatusCode.UNAVAILABLE
             gate.open()
             assert (await readiness.read()).status == SERVING
-        with engine:
-            assert engine.address == f"127.0.0.1:{port}"
+        engine.wait_until_ready()
+        assert engine.address == f"127.0.0.1:{port}"
 
 
 @pytest.mark.parametrize(
