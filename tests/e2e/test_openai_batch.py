@@ -58,7 +58,7 @@ def lines(model_name: str) -> bytes:
 
 
 async def ended(client: openai.AsyncOpenAI, batch: Batch) -> Batch:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(200):
         while batch.status in ("validating", "in_progress", "finalizing"):
             await asyncio.sleep(0.1)
             batch = await client.batches.retrieve(batch.id)

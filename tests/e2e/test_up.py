@@ -78,7 +78,7 @@ def test_the_pasted_curl_line_names_the_capital_of_france(running: RunningPlatfo
 
 def test_the_pasted_python_lines_do_too(running: RunningPlatform) -> None:
     command = [sys.executable, "-c", python_lines(running)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert "Paris" in ended.stdout, ended.stderr
 
 
