@@ -19,14 +19,14 @@ import tokenizers
 from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import decoders, models, pre_tokenizers
 
-from rempart_platform.endpoints.testing import FakeEngine, fake_model_info
+from rempart_platform.endpoints.testing import FakeEngine, Faults, fake_model_info
 from rempart_platform.text.byte_level import BYTE_OF
 from rempart_protos.v1 import engine_pb2
 
 FAKE_ENGINE = "rempart_platform.local.testing"
 FAKE_OUTPUT = b"round and "
 """What the fake engine says, again and again; one token is one byte."""
-_STOP_S = 15.0
+_STOP_S = 60.0
 _CLI = (sys.executable, "-m", "rempart_platform.cli")
 
 
@@ -63,7 +63,7 @@ def scrape(url: str) -> Samples:
 def run_cli(*args: str, environ: Mapping[str, str], questions: str = "") -> "subprocess.CompletedProcess[str]":
     """Runs `rempart` to its end."""
     return subprocess.run(
-        [*_CLI, *args], env=environ, input=questions, capture_output=True, text=True, timeout=60, check=False
+        [*_CLI, *args], env=environ, input=questions, capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -170,16 +170,17 @@ def main(args: Sequence[str]) -> None:
     """A fake engine of the byte model, until killed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--served-model-name", required=True)
+    parser.add_argument("--hang-at", type=int, help="send nothing of an answer from this token on")
     known, _ = parser.parse_known_args(args)
-    asyncio.run(_serve(known.served_model_name))
+    asyncio.run(_serve(known.served_model_name, Faults(hang_at=known.hang_at)))
 
 
-async def _serve(model_name: str) -> None:
+async def _serve(model_name: str, faults: Faults) -> None:
     def token(request: engine_pb2.GenerateRequest, choice: int, index: int) -> int:
         return FAKE_OUTPUT[index % len(FAKE_OUTPUT)]
 
     info = fake_model_info(model_name, vocab_size=258, max_model_len=2048, eos_token_ids=(257,))
-    async with FakeEngine(info, token=token) as engine:
+    async with FakeEngine(info, token=token, faults=faults) as engine:
         for said in ({"loading": 0.5}, {"loading": 1.0}, {"ready": True, "address": engine.address}):
             sys.stdout.write(json.dumps(said) + "\n")
             sys.stdout.flush()
