@@ -1,6 +1,7 @@
 """Real Redis servers on ports of this machine for tests: alone, watched by Sentinels, or as a cluster."""
 
 import asyncio
+import random
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -63,7 +64,7 @@ class ClusterServers:
 
 @asynccontextmanager
 async def watched_servers() -> AsyncIterator[WatchedServers]:
-    """Sentinels that notice a dead master after half a second."""
+    """Sentinels that notice a dead master after two seconds, and take none for dead that a busy machine holds up."""
     async with AsyncExitStack() as stack:
         master = await stack.enter_async_context(_server())
         replica = await stack.enter_async_context(_server("--replicaof", "127.0.0.1", str(master.port)))
@@ -77,13 +78,13 @@ async def watched_servers() -> AsyncIterator[WatchedServers]:
 
 @asynccontextmanager
 async def cluster_servers() -> AsyncIterator[ClusterServers]:
-    """A cluster that notices a dead master after half a second."""
+    """A cluster that notices a dead master after two seconds, and takes none for dead that a busy machine holds up."""
     async with AsyncExitStack() as stack:
         options = (
             "--cluster-enabled",
             "yes",
             "--cluster-node-timeout",
-            "500",
+            "2000",
             "--cluster-replica-validity-factor",
             "0",
         )
@@ -121,7 +122,7 @@ async def _sentinel(master_port: int) -> AsyncIterator[RedisProcess]:
         config.write_text(
             f"port {port}\n"
             f"sentinel monitor {MASTER_NAME} 127.0.0.1 {master_port} 2\n"
-            f"sentinel down-after-milliseconds {MASTER_NAME} 500\n"
+            f"sentinel down-after-milliseconds {MASTER_NAME} 2000\n"
             f"sentinel failover-timeout {MASTER_NAME} 3000\n"
         )
         async with _running(port, [str(config), "--sentinel"]) as sentinel:
@@ -150,7 +151,7 @@ async def _running(port: int, arguments: Sequence[str]) -> AsyncIterator[RedisPr
 
 async def _until(server: RedisProcess, command: str, *wanted: str) -> None:
     """Asks until the answer holds all of these."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             try:
                 answer = str(await _ask(server, *command.split()))
@@ -170,10 +171,20 @@ async def _ask(server: RedisProcess, *command: str) -> object:
 
 
 def _free_port() -> int:
-    """Below 55536, so that a cluster's second port, 10000 above, is one too."""
+    """One that nobody listens on, and a cluster's second port, 10000 above.
+
+    Both lie below those that systems give to whoever asks for any, and to outgoing connections: such a port would be
+    free when it is looked at, and taken before it is used.
+    """
     while True:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port: int = listener.getsockname()[1]
-            if port < 55536:
-                return port
+        port = random.randrange(10_000, 20_000)
+        if not any(_is_taken(each) for each in (port, port + 10_000)):
+            return port
+
+
+def _is_taken(port: int) -> bool:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return True
+    return False
