@@ -8,14 +8,12 @@ import argparse
 import json
 import subprocess
 import sys
-import tomllib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs/capacity.md"
-MACHINES = ROOT / "platform/rempart_platform/plan/machines.toml"
+from rempart_platform.plan.machines import Machine, read_machines
+
+PAGE = Path(__file__).parents[1] / "docs/capacity.md"
 MODELS = ("llama-3.1-8b", "llama-3.1-70b", "deepseek-v3.2")
 MARK = "<!-- From here on written by deploy/capacity.py -->\n"
 CONTEXT = 8192
@@ -27,31 +25,7 @@ _HEAD = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
-    name: str
-    provider: str
-    kind: str
-    price: float | None
-    currency: str
-
-
-def machines() -> list[Machine]:
-    """Those that somebody lets."""
-    return [
-        Machine(
-            each["name"],
-            each["provider"],
-            each["type"],
-            each["price_per_hour"] if isinstance(each["price_per_hour"], int | float) else None,
-            each.get("currency", ""),
-        )
-        for each in tomllib.loads(MACHINES.read_text())["machines"]
-        if each.get("provider", "unknown") != "unknown"
-    ]
-
-
-def plan(model: str, known: list[Machine]) -> dict[str, dict[str, dict[str, object]]]:
+def plan(model: str, known: Sequence[Machine]) -> dict[str, dict[str, dict[str, object]]]:
     """machine -> section -> line -> value, and the section's title under ""."""
     asked = [flag for machine in known for flag in ("--machine", machine.name)]
     command = [sys.executable, "-m", "rempart_platform.cli", "plan", model, *asked, "--context", str(CONTEXT), "--json"]
@@ -76,8 +50,8 @@ def row(machine: Machine, sections: dict[str, dict[str, object]]) -> str | None:
     contexts = max(value for key, value in layout.items() if key.endswith("-contexts") and isinstance(value, int))
     full = max((key for key in decode if key.endswith("-rate")), key=lambda key: int(key.split("-")[1]))
     cells = (
-        machine.kind if num_machines == 1 else f"{num_machines} x {machine.kind}",
-        "unknown" if machine.price is None else f"{num_machines * machine.price:.2f} {machine.currency}",
+        machine.type if num_machines == 1 else f"{num_machines} x {machine.type}",
+        "unknown" if machine.price is None else f"{num_machines * machine.price.amount:.2f} {machine.price.currency}",
         weights,
         f"{contexts:,}",
         _rounded(prefill[f"{CONTEXT}-rate"]),
@@ -98,7 +72,7 @@ def _money(value: object) -> str:
 
 
 def tables() -> Iterator[str]:
-    known = machines()
+    known = [machine for machine in read_machines() if machine.provider]  # that somebody lets
     for model in MODELS:
         said = plan(model, known)
         yield f"\n## {model}\n"
