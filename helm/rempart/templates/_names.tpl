@@ -64,11 +64,12 @@ rempart/engine: {{ . }}
 {{- if and (eq .Values.redis.mode "external") (not $external.redisKey) -}}
 {{- $names = append $names .Values.redis.existingSecret -}}
 {{- end -}}
-{{- if include "rempart.routerUsesStorage" . -}}
-{{- $names = append $names (ternary "" .Values.objectStorage.credentialsSecret (ne $external.objectStorageKey "")) -}}
+{{- $storage := ternary "" .Values.objectStorage.credentialsSecret (ne $external.objectStorageKey "") -}}
+{{- range include "rempart.engines" . | fromJson -}}
+{{- $names = append $names (ternary $storage "" (ne .weights.source "")) -}}
 {{- end -}}
 {{- if or .Values.router.batchStore .Values.router.auditStore -}}
-{{- $names = append $names .Values.objectStorage.routerCredentialsSecret -}}
+{{- $names = append $names (.Values.objectStorage.routerCredentialsSecret | default $storage) -}}
 {{- end -}}
 {{ $names | compact | uniq | sortAlpha | join " " }}
 {{- end -}}
