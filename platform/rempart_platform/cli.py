@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from rempart_platform.console import admin_commands, audit_commands, batch_commands, plan_commands
-from rempart_platform.console.admin_view import DEFAULT_ADDRESS
+from rempart_platform.console.admin_view import DEFAULT_ADDRESS, Address, ApiKey
 from rempart_platform.plan.command import show_plan
 
 app = typer.Typer(
@@ -168,10 +168,8 @@ def verify(context: typer.Context) -> None:
 
 @app.command()
 def chat(
-    key: Annotated[str, typer.Option(envvar="REMPART_API_KEY", help="The API key.")],
-    address: Annotated[
-        str, typer.Option(envvar="REMPART_ADDRESS", help="The router's gRPC address.")
-    ] = DEFAULT_ADDRESS,
+    key: ApiKey,
+    address: Address = DEFAULT_ADDRESS,
     model: Annotated[str | None, typer.Option(help="The router's first when not given.", show_default=False)] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.", show_default=False)] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.", show_default=False)] = None,

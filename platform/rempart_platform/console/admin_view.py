@@ -1,4 +1,4 @@
-"""What the commands of operators share: their options, one call of `rempart.v1.Admin`, and how answers are shown."""
+"""What commands share: their options, one call of `rempart.v1.Admin`, and how answers are shown."""
 
 import json
 import sys
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias, TypeVar
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from rempart_platform.console.admin_client import AdminClient
 
 DEFAULT_ADDRESS = "127.0.0.1:8001"
@@ -17,6 +19,7 @@ _T = TypeVar("_T")
 Address: TypeAlias = Annotated[
     str, typer.Option("--address", envvar="REMPART_ADDRESS", help="The router's gRPC address.")
 ]
+ApiKey: TypeAlias = Annotated[str, typer.Option("--key", envvar="REMPART_API_KEY", help="The API key.")]
 AdminKey: TypeAlias = Annotated[
     str, typer.Option("--admin-key", "--key", envvar="REMPART_ADMIN_KEY", help="The admin key.")
 ]
@@ -63,11 +66,16 @@ def print_csv(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(*headings, box=box.SIMPLE)
     for row in rows:
         table.add_row(*row)
-    # What goes into a pipe is not cut to the width of a terminal that is not there.
-    Console(markup=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
+    stdout_console().print(table)
+
+
+def stdout_console() -> "Console":
+    """Text is printed as it is. What goes into a pipe is not cut to the width of a terminal that is not there."""
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)

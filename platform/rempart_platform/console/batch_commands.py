@@ -2,11 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from rempart_platform.console.admin_view import DEFAULT_ADDRESS, Address, AsJson, print_json, print_table, time_text
+from rempart_platform.console.admin_view import (
+    DEFAULT_ADDRESS,
+    Address,
+    ApiKey,
+    AsJson,
+    print_json,
+    print_table,
+    time_text,
+)
 
 if TYPE_CHECKING:
     from rempart_platform.console.batch_client import BatchClient
@@ -16,7 +24,6 @@ if TYPE_CHECKING:
 batches = typer.Typer(help="Batch jobs: a file of requests in, a file of answers out.", no_args_is_help=True)
 
 _T = TypeVar("_T")
-_Key: TypeAlias = Annotated[str, typer.Option("--key", envvar="REMPART_API_KEY", help="The API key.")]
 _BatchId = Annotated[str, typer.Argument(help="As `batch run` and `batch list` give it.")]
 _Output = Annotated[
     Path | None, typer.Option(help="Gets the answers; NAME.output.jsonl when not given.", show_default=False)
@@ -30,7 +37,7 @@ _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace result fi
 @batches.command("run")
 def run(  # noqa: PLR0913 - a flag is a parameter
     requests: Annotated[Path, typer.Argument(metavar="INPUT.jsonl", help="One request a line, as OpenAI has them.")],
-    key: _Key,
+    key: ApiKey,
     address: Address = DEFAULT_ADDRESS,
     endpoint: Annotated[
         str | None,
@@ -77,7 +84,7 @@ def run(  # noqa: PLR0913 - a flag is a parameter
 
 @batches.command("list")
 def list_batches(
-    key: _Key,
+    key: ApiKey,
     address: Address = DEFAULT_ADDRESS,
     limit: Annotated[int, typer.Option(min=1, max=100, help="Most batches to show.")] = 20,
     as_json: AsJson = False,
@@ -91,13 +98,13 @@ def list_batches(
 
 
 @batches.command("show")
-def show_batch(batch_id: _BatchId, key: _Key, address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+def show_batch(batch_id: _BatchId, key: ApiKey, address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """Show one batch, with what is wrong with its input."""
     _show(_call(address, key, lambda client: client.get(batch_id)), as_json)
 
 
 @batches.command("cancel")
-def cancel(batch_id: _BatchId, key: _Key, address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+def cancel(batch_id: _BatchId, key: ApiKey, address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """End a batch; what it has answered by then is kept."""
     _show(_call(address, key, lambda client: client.cancel(batch_id)), as_json)
 
@@ -105,7 +112,7 @@ def cancel(batch_id: _BatchId, key: _Key, address: Address = DEFAULT_ADDRESS, as
 @batches.command("download")
 def download(
     batch_id: _BatchId,
-    key: _Key,
+    key: ApiKey,
     address: Address = DEFAULT_ADDRESS,
     output: _Output = None,
     errors: _Errors = None,

@@ -6,16 +6,19 @@ On a terminal, Ctrl-C ends the answer that is coming and Ctrl-D the conversation
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import TextIO, TypeAlias
 
 import grpc
 
-from rempart_platform.console.rpc_failure import describe
+from rempart_platform.console.rpc_failure import describe, failed_call
 from rempart_protos.v1 import inference_pb2, inference_pb2_grpc, sampling_pb2
 
+_Write: TypeAlias = Callable[[str], None]
 _TIMEOUT_S = 10.0
 _HELP = "Ctrl-C ends an answer; /clear starts anew; /exit or Ctrl-D leaves."
 _PROMPT = "> "
+_HARMLESS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+"""What is written of control characters, which would move a cursor, or fill a clipboard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ class Conversation:
     def clear(self) -> None:
         self._messages.clear()
 
-    def ask(self, question: str, show: Callable[[str], None], show_reasoning: Callable[[str], None]) -> None:
+    def ask(self, question: str, show: _Write, show_reasoning: _Write) -> None:
         """Streams the answer. KeyboardInterrupt ends it early; what was said of it stays in the conversation.
 
         Raises:
@@ -81,42 +84,34 @@ def chat(settings: ChatSettings, questions: TextIO, answers: TextIO, errors: Tex
         answers: gets what the model says.
         errors: gets everything else, what the model thinks before it answers too.
     """
+    show, tell = _writer(answers), _writer(errors)
     with grpc.insecure_channel(settings.address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
         try:
             model = settings.model or _first_model(stub, settings)
         except grpc.RpcError as error:
-            _say(errors, _line(error, settings.address))
+            tell(describe(failed_call(error), settings.address) + "\n")
             return 1
         if model is None:
-            _say(errors, f"the router at {settings.address} serves no model")
+            tell(f"the router at {settings.address} serves no model\n")
             return 1
-        return _talk(Conversation(stub, settings, model), settings.address, questions, answers, errors)
+        return _talk(Conversation(stub, settings, model), settings.address, questions, show, tell)
 
 
-def _talk(conversation: Conversation, address: str, questions: TextIO, answers: TextIO, errors: TextIO) -> int:
+def _talk(conversation: Conversation, address: str, questions: TextIO, show: _Write, tell: _Write) -> int:
     exit_code = 0
     is_terminal = questions.isatty()
     if is_terminal:
-        _say(errors, _HELP)
-
-    def show(text: str) -> None:
-        answers.write(text)
-        answers.flush()
-
-    def show_reasoning(text: str) -> None:
-        errors.write(text)
-        errors.flush()
-
+        tell(_HELP + "\n")
     while (question := _next_question(questions, is_terminal)) not in (None, "/exit"):
         if question == "/clear":
             conversation.clear()
         elif question:
             try:
-                conversation.ask(question, show, show_reasoning)
+                conversation.ask(question, show, tell)
                 show("\n")
             except grpc.RpcError as error:
-                _say(errors, _line(error, address))
+                tell(describe(failed_call(error), address) + "\n")
                 exit_code = 1
     return exit_code
 
@@ -147,11 +142,12 @@ def _metadata(settings: ChatSettings) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {settings.key.strip()}"),)
 
 
-def _line(error: grpc.RpcError, address: str) -> str:
-    assert isinstance(error, grpc.Call), "what a call raises is the call"
-    return describe(error, address)
+def _writer(stream: TextIO) -> _Write:
+    """Writes to it at once. A pipe gets what was said; a terminal would obey some of it."""
+    is_terminal = stream.isatty()
 
+    def write(text: str) -> None:
+        stream.write(text.translate(_HARMLESS) if is_terminal else text)
+        stream.flush()
 
-def _say(errors: TextIO, text: str) -> None:
-    errors.write(text + "\n")
-    errors.flush()
+    return write

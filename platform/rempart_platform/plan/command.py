@@ -1,14 +1,12 @@
 """`rempart plan`: flags in, a plan out."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from rempart_platform.console.admin_view import stdout_console
 from rempart_platform.plan.errors import PlanError
-
-_PIPE_WIDTH = 1000
 
 
 def show_plan(  # noqa: PLR0913 - a flag is a parameter
@@ -50,8 +48,6 @@ def show_plan(  # noqa: PLR0913 - a flag is a parameter
     Nothing here is measured. Costs assume that --utilisation of the bound is
     reached, which is a guess until somebody measures it.
     """
-    from rich.console import Console
-
     from rempart_platform.plan.attention import CacheFormat
     from rempart_platform.plan.machine_report import machine_sections, overview
     from rempart_platform.plan.machines import MACHINES_FILE, choose_machines, read_machines, read_support
@@ -79,6 +75,5 @@ def show_plan(  # noqa: PLR0913 - a flag is a parameter
     if as_json:
         typer.echo(to_json(question.model.name, sections))
         return
-    # What goes into a pipe is not cut to the width of a terminal that is not there.
-    print_tables(Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH), sections)
+    print_tables(stdout_console(), sections)
     typer.echo(support.note + ".")
