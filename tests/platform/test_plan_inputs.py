@@ -115,7 +115,10 @@ def test_a_broken_llama_names_the_field(tmp_path: Path, changes: dict[str, objec
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [(b"{", "is not JSON"), (b"[]", "must hold an object"), (b"\xff\xfe", "cannot be read"), (b"[" * 100_000, "JSON")],
+    [
+        *((b"{", "is not JSON"), (b"[]", "must hold an object"), (b"\xff\xfe", "cannot be read")),
+        *((b"[" * 100_000, "JSON"), (b'{"a": ' + b"1" * 5000 + b"}", "is not JSON")),
+    ],
 )
 def test_a_file_that_is_no_config(tmp_path: Path, content: bytes, problem: str) -> None:
     file = tmp_path / "config.json"
@@ -166,6 +169,7 @@ def test_an_unknown_machine_lists_the_known_ones() -> None:
     ("old", "new", "problem"),
     [
         ("memory_gb = 80", "memory_gb = ", "is not TOML: .*line 3"),
+        ("memory_gb = 80", f"memory_gb = {'9' * 5000}", "is not TOML"),
         ("memory_gb = 80", "", "gpus: X: memory_gb is missing"),
         ("memory_gb = 80", "memory_gb = -1", "gpus: X: memory_gb must be a positive number"),
         ("memory_gb = 80", "memory_gb = inf", "gpus: X: memory_gb must be a positive number"),

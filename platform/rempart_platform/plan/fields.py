@@ -103,7 +103,7 @@ def read_toml(path: Path) -> Fields:
         return Fields(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{path}: cannot be read ({error})") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # also of a number with thousands of digits, which is TOML
         raise PlanError(f"{path}: is not TOML: {error}") from error
 
 
@@ -113,7 +113,7 @@ def read_json(path: Path) -> Fields:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{path}: cannot be read ({error})") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"{path}: is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise PlanError(f"{path}: must hold an object")
