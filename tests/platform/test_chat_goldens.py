@@ -45,7 +45,6 @@ class Golden(msgspec.Struct, forbid_unknown_fields=True):
     text: list[str]
     format: str = "deepseek_v32"
     thinking: bool | None = None
-    drop_thinking: bool | None = None
     tools: list[str] = []
     schema: str | None = None
 
@@ -90,7 +89,6 @@ def conversation_of(golden: Golden) -> Conversation:
         ),
         tools=tuple(Tool(tool.name, tool.description, tool.parameters, tool.is_strict) for tool in tools),
         thinking=golden.thinking,
-        drop_thinking=golden.drop_thinking,
         response_schema=None if golden.schema is None else ResponseSchema(golden.schema),
     )
 

@@ -79,7 +79,7 @@ def test_everything_that_was_said_is_in_the_conversation() -> None:
 
 def test_what_was_not_said_is_left_to_the_model() -> None:
     conversation = to_conversation(asking(), LIMITS)
-    assert (conversation.thinking, conversation.drop_thinking, conversation.response_schema) == (None, None, None)
+    assert (conversation.thinking, conversation.response_schema) == (None, None)
     any_object = to_conversation(asking(response_format=inference_pb2.ResponseFormat()), LIMITS)
     assert any_object.response_schema == ResponseSchema("")
 

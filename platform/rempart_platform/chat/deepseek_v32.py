@@ -9,7 +9,7 @@ question in words of its own. Answers up to the last question carry no reasoning
 its own answers, and the next question forgets it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from rempart_platform.chat.call_ids import mint_call_id
 from rempart_platform.chat.deepseek_profile import DeepSeekProfile
@@ -92,8 +92,7 @@ def prompt_pieces(conversation: Conversation, is_thinking: bool) -> list[Piece]:
                 pieces += _system(turn, conversation if position == 0 else None)
                 opening = None
             case _:
-                keeps = conversation.drop_thinking is False and _has_reasoning(turns[position + 1 : position + 2])
-                opening = THINK if is_thinking and (position >= last_question or keeps) else END_THINK
+                opening = THINK if is_thinking and position >= last_question else END_THINK
                 pieces += [*_question_or_results(turn), opening]
     if opening is None:
         pieces += [ASSISTANT, THINK if is_thinking else END_THINK]
@@ -129,7 +128,3 @@ def _answer(answer: Answer, has_reasoning: bool) -> list[Piece]:
 
 def _is_question(turn: Turn) -> bool:
     return isinstance(turn, Message) and turn.role in ("user", "developer")
-
-
-def _has_reasoning(turns: Sequence[Turn]) -> bool:
-    return any(isinstance(turn, Answer) and turn.reasoning for turn in turns)

@@ -50,12 +50,10 @@ class ResponseSchema:
 class Conversation:
     """Messages with what shapes the answer to them.
 
-    `thinking` None leaves it to the model's own default. Reasoning of answers before the last user turn is left out, as
-    the models were trained; `drop_thinking` False keeps it, in formats that have a place for it.
+    `thinking` None leaves it to the model's own default.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
     thinking: bool | None = None
-    drop_thinking: bool | None = None
     response_schema: ResponseSchema | None = None

@@ -1,19 +1,10 @@
 """What a model thought, parted from what it answered."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from rempart_platform.chat.deepseek_tags import END_THINK, THINK
 from rempart_platform.chat.marks import cut_at_first
-from rempart_platform.chat.output import ContentText, OutputPart, ReasoningText
-
-
-class AnswerParser(Protocol):
-    """Reads the answer that follows the reasoning."""
-
-    def push(self, text: str) -> Sequence[OutputPart]: ...
-
-    def finish(self) -> Sequence[OutputPart]: ...
+from rempart_platform.chat.output import ContentText, OutputParser, OutputPart, ReasoningText
 
 
 class PlainAnswer:
@@ -41,30 +32,25 @@ class ReasoningParser:
         ends_at: what ends reasoning just as `</think>` does, and is part of the answer.
     """
 
-    def __init__(self, is_thinking: bool, answer: AnswerParser | None = None, ends_at: Sequence[str] = ()) -> None:
+    def __init__(self, is_thinking: bool, answer: OutputParser | None = None, ends_at: Sequence[str] = ()) -> None:
         self._answer = answer or PlainAnswer()
         self._ends = (END_THINK.name, *ends_at)
         self._held = ""
-        self._step: Callable[[], Sequence[OutputPart] | None]
         self._is_thinking = is_thinking
-        self._step = self._begin
+        self._step: Callable[[], Sequence[OutputPart] | None] = self._begin
 
     def push(self, text: str) -> Sequence[OutputPart]:
         """Parts that are certain after this text."""
         self._held += text
-        return self._run()
-
-    def finish(self) -> Sequence[OutputPart]:
-        """What was held back is no tag."""
-        rest, self._held = self._held, ""
-        parts = self._said(rest)
-        return [*parts, *self._answer.finish()]
-
-    def _run(self) -> list[OutputPart]:
         parts: list[OutputPart] = []
         while (more := self._step()) is not None:
             parts += more
         return parts
+
+    def finish(self) -> Sequence[OutputPart]:
+        """What was held back is no tag."""
+        rest, self._held = self._held, ""
+        return [*self._said(rest), *self._answer.finish()]
 
     def _begin(self) -> Sequence[OutputPart] | None:
         """At the beginning of reasoning or of the answer, with nothing but whitespace before."""
