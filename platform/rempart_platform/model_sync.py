@@ -49,7 +49,7 @@ def sync_model(catalog: ModelCatalog, changed: EndpointState, states: Sequence[E
             extra={"endpoint": changed.address, "model": changed.model.name, "configured": sorted(known)},
         )
         return
-    catalog.put(_with_limits(model, [state for state in states if state.model is not None]))
+    catalog.put(_with_limits(model, states))
 
 
 def _with_limits(model: ServedModel, states: Sequence[EndpointState]) -> ServedModel:

@@ -5,6 +5,7 @@ neither takes endpoints away. An engine that is gone is found so by its session.
 """
 
 import asyncio
+import functools
 import logging
 import socket
 from collections.abc import Awaitable, Callable
@@ -46,7 +47,7 @@ class DnsSource:
         """Looks the name up until cancelled."""
         # A thread of its own: a resolver that hangs holds up nothing else, and look-ups do not pile up.
         thread = ThreadPoolExecutor(1, "dns")
-        resolve = self._resolve or _SystemResolver(thread)
+        resolve = self._resolve or functools.partial(_ask_system, thread)
         try:
             while True:
                 await self._look_up(resolve, tell)
@@ -70,16 +71,8 @@ class DnsSource:
         tell(EndpointSet(addresses))
 
 
-class _SystemResolver:
+async def _ask_system(thread: ThreadPoolExecutor, name: str, port: int) -> frozenset[str]:
     """What the operating system answers."""
-
-    def __init__(self, thread: ThreadPoolExecutor) -> None:
-        self._thread = thread
-
-    async def __call__(self, name: str, port: int) -> frozenset[str]:
-        found = await asyncio.get_running_loop().run_in_executor(self._thread, _addresses, name, port)
-        return frozenset(join_host_port(host, port) for host in found)
-
-
-def _addresses(name: str, port: int) -> set[str]:
-    return {str(answer[4][0]) for answer in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)}
+    ask = functools.partial(socket.getaddrinfo, name, port, type=socket.SOCK_STREAM)
+    found = await asyncio.get_running_loop().run_in_executor(thread, ask)
+    return frozenset(join_host_port(str(answer[4][0]), port) for answer in found)

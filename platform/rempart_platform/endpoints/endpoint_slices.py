@@ -65,7 +65,7 @@ class _Status(msgspec.Struct, frozen=True):
     message: str = ""
 
 
-class WatchEvent(msgspec.Struct, frozen=True):
+class _WatchEvent(msgspec.Struct, frozen=True):
     """One line of a watch."""
 
     type: str
@@ -83,7 +83,7 @@ def parse_event(line: bytes) -> tuple[str, EndpointSlice]:
     Raises:
         KubernetesError: it is an error, with its HTTP status, or "garbage".
     """
-    event = _decode(line, WatchEvent)
+    event = _decode(line, _WatchEvent)
     if event.type == "ERROR":
         status = _decode(bytes(event.object), _Status)
         raise KubernetesError(str(status.code), status.message)

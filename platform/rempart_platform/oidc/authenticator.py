@@ -47,19 +47,15 @@ class TenantMemory:
         known = self._known.get(name)
         if known is not None:
             return known[0]
-        asked_at = self._clock()
-        exists = await self._ask(name)
-        self._known.put(name, exists, asked_at)
-        return exists
-
-    async def _ask(self, name: str) -> bool:
+        asked_at, exists = self._clock(), True
         try:
             await self._tenants.get(name)
         except RempartError as error:
             if error.kind is ErrorKind.UNAVAILABLE:
                 raise
-            return False
-        return True
+            exists = False
+        self._known.put(name, exists, asked_at)
+        return exists
 
 
 class TokenAuthenticator:
