@@ -13,6 +13,13 @@ from rempart_platform.local.demo_model import find_demo_model
 if TYPE_CHECKING:
     from tests.buckets import Bucket
 
+if find_spec("hypothesis") is not None:  # machines that test kernels alone do without
+    from hypothesis import HealthCheck, settings
+
+    # How long an example or its making takes is up to the machine.
+    settings.register_profile("rempart", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("rempart")
+
 # How long an example takes says nothing on a machine that has other things to do.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
