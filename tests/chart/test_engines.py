@@ -163,6 +163,12 @@ def test_load_balancers_do_not_cut_streams() -> None:
         assert gateway["spec"]["infrastructure"]["annotations"][setting] == at_least
 
 
+def test_a_public_name_may_be_a_wildcard() -> None:
+    for case, kinds in ((EVERY, {"Gateway", "HTTPRoute", "Certificate"}), (BY_INGRESS, {"Ingress"})):
+        told = {each["kind"] for each in render(case, 'hosts.http="*.example.org"') if "'*.example.org'" in str(each)}
+        assert told == kinds
+
+
 def test_gateways_and_ingresses_do_not_either() -> None:
     for rule in find(render(EVERY), "HTTPRoute")["spec"]["rules"]:
         assert rule["timeouts"] == {"request": "0s", "backendRequest": "0s"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.chart.rendering import BY_INGRESS, CHART, EVERY, IMAGE_VOLUME, Case, find, refusal, render
+from tests.chart.rendering import BY_INGRESS, CHART, EVERY, IMAGE_VOLUME, Case, find, helm, refusal, render
 
 from rempart_platform.chat.format import CHAT_FORMATS
 
@@ -175,6 +175,13 @@ def test_the_schema_refuses(wrong: str, named: str) -> None:
 )
 def test_what_cannot_work_together_is_refused(case: Case, wrong: tuple[str, ...], named: str) -> None:
     assert named in refusal(case, *wrong)
+
+
+@pytest.mark.parametrize("release", ["1llm", "llm.de"])
+def test_a_release_that_no_service_can_be_called_after_is_refused(release: str) -> None:
+    values = [f"--values={path}" for path in BASE.values]
+    assert "fullnameOverride: " in helm("template", release, str(CHART), *values).stderr
+    assert helm("template", release, str(CHART), *values, "--set=fullnameOverride=llm").returncode == 0
 
 
 def test_older_kubernetes_is_refused() -> None:

@@ -16,7 +16,7 @@ helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 {{/* rempart.selector (dict "root" $ "component" "engine" "engine" $name) */}}
 {{- define "rempart.selector" -}}
 app.kubernetes.io/name: rempart
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 {{- with .component }}
 app.kubernetes.io/component: {{ . }}
 {{- end }}
