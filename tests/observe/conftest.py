@@ -36,7 +36,7 @@ def prometheus(platform: PlatformUnderTest, tmp_path_factory: pytest.TempPathFac
     targets = {"router": urlsplit(platform.metrics).netloc, "engine": urlsplit(platform.engine_metrics_url()).netloc}
     with running_prometheus(folder, targets) as prometheus:
         _use(platform, limited_key)
-        assert not prometheus.without_data(['sum(rempart_router_requests_total{outcome="ok"}) > 1'], within_s=20)
+        prometheus.wait_for_scrapes(len(targets))
         _use(platform, limited_key)  # growth is seen only of series that were there before
         _run_a_batch(platform, folder / "batch.jsonl")
         yield prometheus

@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.observe.rule_files import ROOT
 
 PAGE = ROOT / "docs/metrics.md"
-_ROW = re.compile(r"^\| `(?P<name>[\w:]+)` \| (?P<kind>\w+) \| (?P<labels>[^|]*) \|", re.MULTILINE)
+_ROW = re.compile(r"^\| `(?P<name>[\w:]+)` \| (?P<kind>counter|gauge|histogram) \| (?P<labels>[^|]*) \|", re.MULTILINE)
 _OF_BUCKETS = {"le"}
 
 
@@ -24,7 +24,7 @@ class Metric:
 
 def told(url: str) -> list[Metric]:
     """What a process tells now, but for when its counters began."""
-    with urllib.request.urlopen(url, timeout=10) as response:
+    with urllib.request.urlopen(url, timeout=60) as response:
         text = response.read().decode()
     return [
         Metric(

@@ -1,7 +1,6 @@
 """A real Prometheus for tests: on a free port, in a folder of its own, bounded, gone when the block is left."""
 
 import json
-import socket
 import subprocess
 import time
 import urllib.parse
@@ -13,8 +12,9 @@ from pathlib import Path
 
 import yaml
 from tests.observe.rule_files import RULES, tool
+from tests.ports import free_ports
 
-_START_S = 30.0
+_START_S = 60.0
 _POLL_S = 0.2
 
 
@@ -27,7 +27,7 @@ class Prometheus:
     def series(self, expr: str) -> list[dict[str, object]]:
         """The series that an expression gives now. Fails when it is no expression."""
         query = urllib.parse.urlencode({"query": expr})
-        with urllib.request.urlopen(f"{self.url}/api/v1/query?{query}", timeout=10) as response:
+        with urllib.request.urlopen(f"{self.url}/api/v1/query?{query}", timeout=60) as response:
             answer = json.load(response)
         assert answer["status"] == "success", answer
         result = answer["data"]["result"]
@@ -42,6 +42,11 @@ class Prometheus:
             if not missing or time.monotonic() > deadline:
                 return missing
             time.sleep(_POLL_S)
+
+    def wait_for_scrapes(self, num_targets: int) -> None:
+        """Returns when all targets have been scraped that were there when this was called."""
+        scraped = f"count(timestamp(up == 1) > {time.time()}) == {num_targets}"
+        assert not self.without_data([scraped], _START_S)
 
 
 @contextmanager
@@ -60,8 +65,7 @@ def running_prometheus(folder: Path, targets: Mapping[str, str]) -> Iterator[Pro
         ],
     }
     (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{next(free_ports())}"
     command = [
         str(tool("prometheus")),
         f"--config.file={folder / 'prometheus.yaml'}",

@@ -13,7 +13,7 @@ from tests.observe.rule_files import rules
 pytestmark = pytest.mark.e2e
 
 NO_DATA = tomllib.loads(Path(__file__).with_name("no_data.toml").read_text())
-_WITHIN_S = 20.0
+_WITHIN_S = 60.0
 
 
 def _is_excused(expr: str) -> bool:
