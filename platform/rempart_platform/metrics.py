@@ -122,7 +122,7 @@ class RouterMetrics:
         self._cost.labels(trace.request.model, self._tenant(trace.request.caller.tenant)).inc(cost_nanos / 1e9)
         num_settled = usage.prompt_tokens + usage.completion_tokens
         self._in_flight.labels(trace.request.model).dec()
-        self.scaling.left(trace.request)
+        self.scaling.left(trace)
         self._count_quota_tokens(trace, "settled", num_settled)
         self._count_quota_tokens(trace, "refunded", max(trace.request.worst_case_tokens - num_settled, 0))
 

@@ -1,16 +1,24 @@
 """What an autoscaler asks of a router, per model: how much waits and runs, though there may be no engine to ask.
 
-Tokens of a request are its prompt and, of each choice, what counts as output at most: what engines will have to
-compute, not what was reserved. Every configured model has its gauges from the start, at 0.
+Tokens of a request are its prompt and, of each choice, as many as choices of its model had of late, or its own
+`max_tokens` where that is less: what engines will have to compute, not what was reserved. Most outputs end long before
+the worst case, while those of a model that reasons are far from short. Every configured model has its gauges from the
+start, at 0.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from prometheus_client import CollectorRegistry, Gauge
 
-from rempart_platform.endpoints.pick import PickConfig
 from rempart_platform.generation import GenerationRequest
+from rempart_platform.request_trace import RequestTrace
+
+_FIRST_EXPECTED = 256
+"""Output tokens of a choice, before any has ended."""
+_WEIGHT_OF_NEWEST = 0.02
+"""In the mean, which so is one of some 50 requests."""
 
 
 class ScalingMetrics:
@@ -18,18 +26,16 @@ class ScalingMetrics:
 
     Args:
         registry: where they are registered.
-        max_counted_output_tokens: of one choice, as for a pick.
     """
 
-    def __init__(
-        self,
-        registry: CollectorRegistry,
-        max_counted_output_tokens: int = PickConfig().max_counted_output_tokens,
-    ) -> None:
+    def __init__(self, registry: CollectorRegistry) -> None:
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(name, text, ("model",), registry=registry)
 
-        self._max_counted_output_tokens = max_counted_output_tokens
+        self._mean_output_tokens: dict[str, float] = {}
+        """Of a choice, by model."""
+        self._began: dict[str, int] = {}
+        """What was counted for each request that runs, for by its end the mean is another."""
         self._held = gauge("rempart_requests_held", "Requests that wait for a first engine of their model.")
         self._waiting = gauge("rempart_model_waiting_tokens", "Tokens of requests that wait for an engine or a place.")
         self._running = gauge("rempart_model_running_tokens", "Tokens of requests that have a place in an engine.")
@@ -50,14 +56,25 @@ class ScalingMetrics:
 
     def began(self, request: GenerationRequest) -> None:
         """It has a place."""
-        self._running.labels(request.model).inc(self._tokens(request))
+        self._began[request.request_id] = num_tokens = self._tokens(request)
+        self._running.labels(request.model).inc(num_tokens)
 
-    def left(self, request: GenerationRequest) -> None:
+    def left(self, trace: RequestTrace) -> None:
         """The counterpart of `began`."""
-        self._running.labels(request.model).dec(self._tokens(request))
+        request = trace.request
+        self._running.labels(request.model).dec(self._began.pop(request.request_id))
+        if (
+            trace.is_complete
+        ):  # else it says little about how long an output is: an engine was lost, or the client is gone
+            mean = self._expected(request.model)
+            newest = trace.num_completion_tokens / request.num_choices
+            self._mean_output_tokens[request.model] = mean + _WEIGHT_OF_NEWEST * (newest - mean)
+
+    def _expected(self, model: str) -> float:
+        return self._mean_output_tokens.get(model, _FIRST_EXPECTED)
 
     def _tokens(self, request: GenerationRequest) -> int:
-        num_output_tokens = min(request.sampling.max_tokens, self._max_counted_output_tokens)
+        num_output_tokens = min(request.sampling.max_tokens, math.ceil(self._expected(request.model)))
         return len(request.prompt_token_ids) + request.num_choices * num_output_tokens
 
 
