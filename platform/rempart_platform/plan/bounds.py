@@ -6,11 +6,12 @@ No speculation is assumed: a step gives each sequence one token.
 
 from dataclasses import dataclass
 
+from rempart_platform.plan.attention import AttentionFlop
 from rempart_platform.plan.lines import Unit, write, write_amount
 from rempart_platform.plan.machines import Gpu
-from rempart_platform.plan.placement import Placement
+from rempart_platform.plan.placement import Placement, Shares
 from rempart_platform.plan.shapes import ModelShape
-from rempart_platform.plan.tensors import Part, TensorGroup
+from rempart_platform.plan.tensors import Choice, Part, TensorGroup
 from rempart_platform.plan.weights import WeightFormat, group_bytes
 
 
@@ -55,30 +56,18 @@ def decode_step(placement: Placement, batch: int, context: int, *, dense: bool =
     A pipeline's stages work on one share of the batch after another, and a step is over when each share went through
     all of them.
     """
-    model, setup = placement.model, placement.setup
+    attention = placement.model.attention
     step_batch = -(-batch // placement.num_stages)  # of one stage at a time
-    local = -(-step_batch // placement.num_groups)  # of one GPU
-    stage = 1 / placement.num_stages
-    shards = model.attention.cache_shards(placement.num_ranks)
-    work = model.attention.decode_flop(context, dense=dense)
-    read = placement.even_shares(lambda group: _bytes_if(group, placement.weight_format, is_read(group)))
-    params = placement.even_shares(lambda group: float(group.num_params) if is_read(group) else 0.0)
-    cache_read = model.attention.read_bytes(setup.cache_format, context, dense=dense) * stage / shards
     return _bound(
         placement,
-        num_tokens=batch,
-        parts=_Parts(
-            fixed_bytes=read.outside_experts,
-            expert_bytes=read.experts,
-            touched=_touched_share(model, step_batch),
-            touched_text=touched_formula(model, step_batch) if model.num_experts else "",
-            local=local,
-            local_bytes=cache_read,
-            local_flop=2 * params.outside_experts,
+        _Load(
+            num_tokens=batch,
             step_tokens=step_batch,
-            token_expert_flop=_expert_flop(model, params.experts),
-            attend_flop=work.attend * stage / placement.num_ranks,
-            index_flop=work.index * stage,
+            params=_params(placement, _is_read),
+            local=-(-step_batch // placement.num_groups),  # of one GPU
+            local_tokens=1,
+            cache_bytes=attention.read_bytes(placement.setup.cache_format, context, dense=dense),
+            work=attention.decode_flop(context, dense=dense),
         ),
         times=placement.num_stages,
     )
@@ -89,31 +78,18 @@ def prefill(placement: Placement, num_tokens: int, *, dense: bool = False) -> Bo
 
     In a pipeline, of one stage while the others work on other prompts. The head is for the last token alone.
     """
-    model = placement.model
-    stage = 1 / placement.num_stages
-    cache = num_tokens * model.attention.cache_bytes(placement.setup.cache_format)
-    shards = model.attention.cache_shards(placement.num_ranks)
-    work = model.attention.prefill_flop(num_tokens, dense=dense)
-    read = placement.even_shares(lambda group: _bytes_if(group, placement.weight_format, is_read(group)))
-    params = placement.even_shares(
-        lambda group: float(group.num_params) if is_read(group) and group.part is not Part.HEAD else 0.0
-    )
+    attention = placement.model.attention
     step_tokens = num_tokens * placement.num_groups
     return _bound(
         placement,
-        num_tokens=step_tokens,
-        parts=_Parts(
-            fixed_bytes=read.outside_experts,
-            expert_bytes=read.experts,
-            touched=_touched_share(model, step_tokens),
-            touched_text=touched_formula(model, step_tokens) if model.num_experts else "",
-            local=1,
-            local_bytes=cache * stage / shards,
-            local_flop=2 * params.outside_experts * num_tokens,
+        _Load(
+            num_tokens=step_tokens,
             step_tokens=step_tokens,
-            token_expert_flop=_expert_flop(model, params.experts),
-            attend_flop=work.attend * stage / placement.num_ranks,
-            index_flop=work.index * stage,
+            params=_params(placement, lambda group: _is_read(group) and group.part is not Part.HEAD),
+            local=1,
+            local_tokens=num_tokens,
+            cache_bytes=num_tokens * attention.cache_bytes(placement.setup.cache_format),
+            work=attention.prefill_flop(num_tokens, dense=dense),
         ),
     )
 
@@ -129,44 +105,59 @@ def cost_formula(price_per_hour: float, tokens_per_s: float, utilisation: float)
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
-    """What one GPU has to do: fixed, and for each of `local` sequences (decode) or prompts (prefill)."""
+class _Load:
+    """What is to be done, on one GPU for each of `local` sequences (decode) or prompts (prefill)."""
 
-    fixed_bytes: float
-    expert_bytes: float
-    touched: float
-    touched_text: str
-    local: int
-    local_bytes: float
-    local_flop: float
+    num_tokens: int
     step_tokens: int
-    token_expert_flop: float
-    attend_flop: float
-    index_flop: float
+    """Those that choose experts, wherever these lie."""
+    params: Shares
+    """That are multiplied with."""
+    local: int
+    local_tokens: int
+    """Of one sequence or prompt, as for what follows."""
+    cache_bytes: int
+    work: AttentionFlop
 
 
-def _bound(placement: Placement, num_tokens: int, parts: _Parts, times: int = 1) -> Bound:
-    gpu = placement.gpu
+def _bound(placement: Placement, load: _Load, times: int = 1) -> Bound:
+    model, gpu, stage, local = placement.model, placement.gpu, 1 / placement.num_stages, load.local
     rate, index = linear_rate(gpu, placement.weight_format), index_rate(gpu)
-    num_bytes = parts.fixed_bytes + parts.expert_bytes * parts.touched + parts.local * parts.local_bytes
-    linear = parts.local * parts.local_flop + parts.step_tokens * parts.token_expert_flop
-    compute_s = linear / rate + parts.local * parts.attend_flop / gpu.bf16_rate + parts.local * parts.index_flop / index
+    read = read_shares(placement)
+    cache_bytes = load.cache_bytes * stage / model.attention.cache_shards(placement.num_ranks)
+    local_flop = 2 * load.params.outside_experts * load.local_tokens
+    expert_flop = _expert_flop(model, load.params.experts)
+    attend_flop, index_flop = load.work.attend * stage / placement.num_ranks, load.work.index * stage
+
+    num_bytes = read.outside_experts + read.experts * _touched_share(model, load.step_tokens) + local * cache_bytes
+    linear = local * local_flop + load.step_tokens * expert_flop
+    compute_s = linear / rate + local * attend_flop / gpu.bf16_rate + local * index_flop / index
     seconds = times * max(num_bytes / gpu.bandwidth, compute_s)
 
-    bytes_text = f"{write_amount(parts.fixed_bytes, 'B')} weights"
-    linear_text = f"{parts.local} * {write_amount(parts.local_flop, 'FLOP')}"
-    if placement.model.num_experts:
-        bytes_text += f" + {write_amount(parts.expert_bytes, 'B')} experts * {parts.touched_text}"
-        linear_text += f" + {parts.step_tokens:,} * {write_amount(parts.token_expert_flop, 'FLOP')} experts"
-    bytes_text += f" + {parts.local} * {write_amount(parts.local_bytes, 'B')} cache"
+    bytes_text = f"{write_amount(read.outside_experts, 'B')} weights"
+    linear_text = f"{local} * {write_amount(local_flop, 'FLOP')}"
+    if model.num_experts:
+        bytes_text += f" + {write_amount(read.experts, 'B')} experts * {touched_formula(model, load.step_tokens)}"
+        linear_text += f" + {load.step_tokens:,} * {write_amount(expert_flop, 'FLOP')} experts"
+    bytes_text += f" + {local} * {write_amount(cache_bytes, 'B')} cache"
     text = (
         f"max(({bytes_text}) / {write_amount(gpu.bandwidth, 'B/s')}; ({linear_text}) / {write_amount(rate, 'FLOP/s')}"
-        f" + {parts.local} * {write_amount(parts.attend_flop, 'FLOP')} attention / "
-        f"{write_amount(gpu.bf16_rate, 'FLOP/s')}"
+        f" + {local} * {write_amount(attend_flop, 'FLOP')} attention / {write_amount(gpu.bf16_rate, 'FLOP/s')}"
     )
-    if parts.index_flop:
-        text += f" + {parts.local} * {write_amount(parts.index_flop, 'FLOP')} indexer / {write_amount(index, 'FLOP/s')}"
-    return Bound(seconds, (f"{times} stages * " if times > 1 else "") + text + ")", num_tokens)
+    if index_flop:
+        text += f" + {local} * {write_amount(index_flop, 'FLOP')} indexer / {write_amount(index, 'FLOP/s')}"
+    return Bound(seconds, (f"{times} stages * " if times > 1 else "") + text + ")", load.num_tokens)
+
+
+def read_shares(placement: Placement) -> Shares:
+    """Bytes of weights that a GPU reads in a step without speculation."""
+    return placement.even_shares(
+        lambda group: float(group_bytes(group, placement.weight_format)) if _is_read(group) else 0.0
+    )
+
+
+def _params(placement: Placement, choice: Choice) -> Shares:
+    return placement.even_shares(lambda group: float(group.num_params) if choice(group) else 0.0)
 
 
 def _touched_share(model: ModelShape, num_tokens: int) -> float:
@@ -180,10 +171,6 @@ def _expert_flop(model: ModelShape, expert_params: float) -> float:
     return 2 * expert_params * model.num_experts_per_token / model.num_experts if model.num_experts else 0.0
 
 
-def is_read(group: TensorGroup) -> bool:
+def _is_read(group: TensorGroup) -> bool:
     """In a step without speculation. Of an embedding, only the rows of the step's tokens are."""
     return not group.is_mtp and group.part is not Part.EMBEDDING
-
-
-def _bytes_if(group: TensorGroup, weight_format: WeightFormat, counts: bool) -> float:
-    return float(group_bytes(group, weight_format)) if counts else 0.0

@@ -6,12 +6,12 @@ pass streams all experts to the GPUs instead, so that the links bound it.
 
 from dataclasses import dataclass
 
-from rempart_platform.plan.bounds import is_read
+from rempart_platform.plan.bounds import read_shares
 from rempart_platform.plan.machines import Machine
 from rempart_platform.plan.placement import Placement, Setup, Sharing
 from rempart_platform.plan.shapes import ModelShape
 from rempart_platform.plan.tensors import Part, TensorGroup
-from rempart_platform.plan.weights import WeightFormat, group_bytes, weight_bytes
+from rempart_platform.plan.weights import WeightFormat, weight_bytes
 
 ASSUMED_HOST_BANDWIDTHS = (200e9, 400e9)
 """Bytes/s of one and of two sockets with eight channels of DDR4-3200: taken when a machine's own is unknown."""
@@ -60,10 +60,7 @@ class Offload:
     @property
     def gpu_read_bytes(self) -> float:
         """Weights that a GPU reads for one token: all that it holds but the embedding."""
-        placement = self.gpu_placement
-        return placement.even_shares(
-            lambda group: float(group_bytes(group, self.gpu_format)) if is_read(group) else 0.0
-        ).outside_experts
+        return read_shares(self.gpu_placement).outside_experts
 
     def host_tokens_per_s(self, expert_format: WeightFormat, host_bandwidth: float) -> float:
         """Of one sequence, if the GPUs took no time."""
