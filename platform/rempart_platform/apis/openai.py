@@ -26,7 +26,7 @@ from rempart_platform.apis.openai_generation import GenerationEndpoint, prepare_
 from rempart_platform.apis.openai_request import json_response
 from rempart_platform.apis.openai_schema import TokenizeBody, tokenize_request
 from rempart_platform.apis.services import ApiServices
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import ErrorKind, RempartError, internal_error
 from rempart_platform.models import ServedModel
 
 PUBLIC_PATHS = ("/health", "/livez", "/readyz")
@@ -149,4 +149,4 @@ async def _answer_http(request: Request, error: Exception) -> Response:
 
 async def _answer_unexpected(_: Request, __: Exception) -> Response:
     """The server logs the exception; the caller learns nothing of it but the request's id, in the headers."""
-    return error_response(RempartError(ErrorKind.INTERNAL, "The server had an error while processing the request."))
+    return error_response(internal_error())
