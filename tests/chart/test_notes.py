@@ -2,8 +2,11 @@
 
 import re
 import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
+import yaml
 from tests.chart.rendering import BY_INGRESS, CHART, EVERY, MODELS, PROVIDERS, SCALEWAY, Case, find, helm, pods, render
 from typer.testing import CliRunner
 
@@ -14,8 +17,8 @@ ON_A_CPU = Case((SCALEWAY, MODELS["smollm2-cpu"]))
 IN_KIND = Case((PROVIDERS["kind"], ON_A_CPU.values[1]))
 
 
-def notes(case: Case) -> str:
-    values = [f"--values={path}" for path in case.values]
+def notes(case: Case, *sets: str) -> str:
+    values = [*(f"--values={path}" for path in case.values), *(f"--set-json={each}" for each in sets)]
     done = helm("install", "rempart", str(CHART), "--namespace=llm", "--dry-run=client", "--hide-secret", *values)
     assert done.returncode == 0, done.stderr
     return done.stdout.partition("\nNOTES:\n")[2]
@@ -55,6 +58,23 @@ def test_secrets_that_somebody_else_makes_are_asked_for(case: Case) -> None:
     pulled = {each["name"] for _, pod in pods(manifests) for each in pod["spec"].get("imagePullSecrets", [])}
     asked = re.findall(r"get secret ([a-z -]+)$", notes(case), re.MULTILINE)
     assert {name for line in asked for name in line.split()} == {*named, *pulled} - made
+
+
+def test_what_is_empty_may_be_null() -> None:
+    """As it is after a values file took away what one before it gave."""
+    needed = {"engines", "machines.cpu", "networkPolicy.objectStorage.to"}
+    empty = set(empty_values(yaml.safe_load((CHART / "values.yaml").read_text()))) - needed
+    assert {"images.pullSecrets", "tenants.plans"} < empty
+    assert notes(IN_KIND, *(f"{path}=null" for path in sorted(empty)), "router.flags=null") == notes(IN_KIND)
+
+
+def empty_values(values: Mapping[str, Any], at: str = "") -> Iterator[str]:
+    """Paths of maps and lists without anything in them."""
+    for name, value in values.items():
+        if value in ({}, []):
+            yield f"{at}{name}"
+        elif isinstance(value, dict):
+            yield from empty_values(value, f"{at}{name}.")
 
 
 def test_public_names_and_what_is_open_are_told() -> None:

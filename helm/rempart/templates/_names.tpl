@@ -58,7 +58,7 @@ rempart/engine: {{ . }}
 
 {{/* Secrets that pods name and this chart does not bring, between spaces. */}}
 {{- define "rempart.secretsOfOthers" -}}
-{{- $names := concat .Values.images.pullSecrets (values .Values.router.secretFiles) -}}
+{{- $names := concat (.Values.images.pullSecrets | default list) (values (.Values.router.secretFiles | default dict)) -}}
 {{- $names = append $names .Values.secrets.existingSecret -}}
 {{- $external := .Values.externalSecrets -}}
 {{- if and (eq .Values.redis.mode "external") (not $external.redisKey) -}}
