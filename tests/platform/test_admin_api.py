@@ -41,7 +41,7 @@ class Service:
 async def service() -> AsyncIterator[Service]:
     async with (
         embedded_redis(EmbeddedRedisConfig()) as server,
-        connect_redis(RedisConfig(server.url, timeout_s=1.0)) as redis,
+        connect_redis(RedisConfig(server.url, timeout_s=2.0)) as redis,
     ):
         tenants = TenantRegistry(redis)
         servicer = AdminServicer(
