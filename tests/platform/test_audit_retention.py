@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from rempart_platform.audit.signing import Signer
 from rempart_platform.audit.store import SegmentStore
 from rempart_platform.audit.testing import CHAIN, START_S, read_chain, write_chain
 from rempart_platform.audit.values import AuditConfig, Entry, Kind
-from rempart_platform.audit.verify import verify
+from rempart_platform.audit.verify import Verification, verify
 from rempart_platform.object_store import open_object_store
 from rempart_platform.tenancy.redis_client import RedisAwayError, RedisClient, connect_redis
 from rempart_platform.tenancy.testing import own_redis, patient
@@ -216,6 +217,24 @@ async def test_who_removes_a_beginning_without_being_asked_is_found(rig: Rig, tm
     assert "not signed with the given key" in (await rig.problems())[0]
     assert "Redis has never heard" in (await rig.problems(public_key=None))[0]
     assert "does not follow the one before it" in (await rig.problems(heads=False, public_key=None))[0]
+
+
+async def test_what_is_removed_while_it_is_verified_is_not_missed(rig: Rig, tmp_path: Path) -> None:
+    audit, whole = tmp_path / "audit", tmp_path / "whole"
+    shutil.copytree(audit, whole)
+    await rig.keep(2)
+    audit.rename(tmp_path / "pruned")
+    whole.rename(audit)
+
+    def remove(done: Verification) -> None:
+        """What the round above did, at the first segment that is told."""
+        if (tmp_path / "pruned").exists():
+            shutil.rmtree(audit)
+            (tmp_path / "pruned").rename(audit)
+
+    done = await verify(rig.store, heads=rig.heads, public_key=SIGNER.public_key, progress=remove)
+    assert (done.problems, done.num_chains) == ([], 1)
+    assert (done.num_removed, done.num_records, done.num_segments) == (3 * PER_DAY, 2 * PER_DAY, 4)
 
 
 def test_a_beginning_is_of_one_chain_and_of_its_head() -> None:

@@ -94,13 +94,14 @@ class SegmentStore:
 
     async def beginning(self, chain: str, public_key: bytes | None = None) -> Beginning:
         """Where what is kept of a chain begins, signed with that key if one is given. Raises BadChainError."""
-        paths = await self._paths(f"{_BEGINNINGS}/{chain}")
-        if not paths:
+        found = await self._latest_beginning(chain)
+        if found is None:
             return WHOLE
+        path, data = found
         try:
-            return decode_beginning(chain, await self.get(paths[-1]), public_key)
+            return decode_beginning(chain, data, public_key)
         except BadBeginningError as error:
-            raise BadChainError(f"chain {chain}: of its beginning, {paths[-1]}: {error}") from None
+            raise BadChainError(f"chain {chain}: of its beginning, {path}: {error}") from None
 
     async def put_beginning(self, chain: str, beginning: Beginning, signer: Signer | None) -> None:
         """Keeps it, and removes those before it. Of two at the same time, the later beginning holds."""
@@ -108,6 +109,16 @@ class SegmentStore:
         await self._create(path, encode_beginning(chain, beginning, signer))
         paths = await self._paths(f"{_BEGINNINGS}/{chain}")
         await self._delete(each for each in paths if _is_before(each, beginning.first))
+
+    async def _latest_beginning(self, chain: str) -> tuple[str, bytes] | None:
+        async def read() -> tuple[str, bytes] | None:
+            paths = await self._paths(f"{_BEGINNINGS}/{chain}")
+            return (paths[-1], await self.get(paths[-1])) if paths else None
+
+        try:
+            return await read()
+        except NotFoundError:  # a later one took its place
+            return await read()
 
     async def _paths(self, prefix: str) -> list[str]:
         return sorted(each["path"] for each in await obstore.list(self._store, prefix).collect_async())

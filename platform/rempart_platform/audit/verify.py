@@ -1,8 +1,10 @@
 """Checks all chains of a store, and reads their records."""
 
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
+
+from obstore.exceptions import NotFoundError
 
 from rempart_platform.audit.beginning import Beginning
 from rempart_platform.audit.check import BadChainError, ChainReader, Head, decode_line
@@ -73,20 +75,40 @@ async def verify(
     for chain in sorted(known.union(await store.chains())):
         done.num_chains += 1
         try:
-            head, beginning = await _head(heads, chain), await store.beginning(chain, public_key)
-            await _check_removal(heads, chain, beginning)
-            done.num_removed += beginning.first
-            reader = ChainReader(chain, public_key, head, beginning)
-            async for path, data in store.segments(chain, await store.days(chain), first=beginning.first):
-                records = reader.take(path, data)
-                done.num_records += len(records)
-                done.num_lost += sum(map(_num_lost, records))
-                done.num_segments += 1
-                progress(done)
-            reader.finish()
+            await _verify_chain(chain, done, store, heads, public_key, progress)
         except (BadChainError, ForeignSegmentError) as error:
             done.problems.append(str(error))
     return done
+
+
+async def _verify_chain(
+    chain: str,
+    done: Verification,
+    store: SegmentStore,
+    heads: Heads | None,
+    public_key: bytes | None,
+    progress: Callable[[Verification], None],
+) -> None:
+    before = replace(done)
+    head, beginning = await _head(heads, chain), await store.beginning(chain, public_key)
+    await _check_removal(heads, chain, beginning)
+    done.num_removed += beginning.first
+    try:
+        reader = ChainReader(chain, public_key, head, beginning)
+        async for path, data in store.segments(chain, await store.days(chain), first=beginning.first):
+            records = reader.take(path, data)
+            done.num_records += len(records)
+            done.num_lost += sum(map(_num_lost, records))
+            done.num_segments += 1
+            progress(done)
+        reader.finish()
+    except (BadChainError, NotFoundError):
+        if beginning == await store.beginning(chain, public_key):
+            raise
+        # Old segments were removed while they were read.
+        done.num_removed, done.num_records = before.num_removed, before.num_records
+        done.num_lost, done.num_segments = before.num_lost, before.num_segments
+        await _verify_chain(chain, done, store, heads, public_key, progress)
 
 
 async def read_records(store: SegmentStore, wanted: Wanted) -> AsyncIterator[dict[str, Any]]:
