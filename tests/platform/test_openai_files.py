@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import httpx
 import openai
@@ -32,9 +33,7 @@ from rempart_platform.errors import ErrorKind, RempartError
 
 CONTENT = b'{"custom_id": "a"}\r\n{"custom_id": "b"}\r\n--x--\r\n'
 BOUNDARY = "limit"
-LIMITS = HttpLimits(
-    body_grace_s=0.3, min_body_bytes_per_s=1000, max_form_parts=5, max_part_head_bytes=600, max_field_bytes=100
-)
+LIMITS = HttpLimits(min_body_bytes_per_s=1000, max_form_parts=5, max_part_head_bytes=600, max_field_bytes=100)
 PURPOSE = (b'Content-Disposition: form-data; name="purpose"', b"batch")
 FILE = (b'Content-Disposition: form-data; name="file"; filename="in.jsonl"', CONTENT)
 
@@ -327,7 +326,7 @@ async def test_a_client_that_stalls_is_given_up_and_nothing_is_kept() -> None:
         async with asyncio.timeout(30):
             await files.ended.wait()
 
-    async with plain_client_of(files, http=LIMITS) as client:
+    async with plain_client_of(files, http=replace(LIMITS, body_grace_s=0.3)) as client:
         refused = await post(client, stalls())
     assert (refused.status_code, refused.json()["error"]["code"]) == (408, "request_timeout")
     assert files.stored == {}
@@ -341,11 +340,11 @@ def test_a_client_may_lag_as_far_behind_its_rate_as_it_is_given() -> None:
 async def test_a_store_that_is_slow_is_not_the_clients_fault() -> None:
     class SlowFiles(FakeFiles):
         async def create(self, *args: object, **kwargs: object) -> object:  # type: ignore[override]
-            await asyncio.sleep(2 * LIMITS.body_grace_s)
+            await asyncio.sleep(2 * limits.body_grace_s)
             return await super().create(*args, **kwargs)  # type: ignore[arg-type]
 
-    files = SlowFiles()
-    async with plain_client_of(files, http=LIMITS) as client:
+    limits, files = replace(LIMITS, body_grace_s=1.0), SlowFiles()
+    async with plain_client_of(files, http=limits) as client:
         assert (await post(client, form(PURPOSE, FILE))).status_code == 200
 
 
