@@ -32,6 +32,8 @@ from rempart_platform.local.config import (
 )
 from rempart_platform.local.startup_view import StartupView
 from rempart_platform.local.testing import FAKE_ENGINE, PlatformUnderTest, run_cli, write_byte_model
+from rempart_platform.local.up import ExitCode
+from rempart_platform.local.up import up as run_up
 
 Up = Callable[..., PlatformUnderTest]
 
@@ -194,6 +196,18 @@ def test_an_answer_that_nobody_reads_ends_everything_in_order(up: Up, own_tmp: P
         "engine 1 | it was asked to end",
         "rempart up: [Errno 32] Broken pipe",
     ]
+
+
+def test_a_router_that_makes_no_tenant_ends_everything_and_is_heard(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rempart_platform.local.run.DEMO_TENANT", "No Name")
+    config = LocalConfig(model_folder, "smol", http_port=0, grpc_port=0, metrics_port=0, engine_module=FAKE_ENGINE)
+    assert run_up(config, os.environ, "rempart", as_json=True) is ExitCode.FAILED
+    assert psutil.Process().children(recursive=True) == []
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines()[-1].startswith("rempart up: INVALID_ARGUMENT: ")
 
 
 def test_an_engine_that_cannot_start_is_reported_with_the_end_of_its_log(up: Up, tmp_path: Path) -> None:
