@@ -82,6 +82,12 @@ class Router:
             if line.startswith((name, f"rempart_router_{name}")) and all(label in line for label in labels)
         )
 
+    async def wait_for_metric(self, name: str, *labels: str) -> None:
+        """Scrapes until it is 1. Raises TimeoutError."""
+        async with asyncio.timeout(30):
+            while await self.metric(name, *labels) != 1:  # noqa: ASYNC110 - as an autoscaler
+                await asyncio.sleep(0.01)
+
     async def health(self, service: str) -> health_pb2.HealthCheckResponse:
         async with self.channel() as channel:
             stub = health_pb2_grpc.HealthStub(channel)
@@ -371,15 +377,13 @@ async def test_a_request_wakes_engines_that_kubernetes_then_names(
             assert (await http.get("/readyz")).status_code == 200  # without one engine, or nobody would come
             assert await router.metric("rempart_requests_held", MODEL) == 0
             asking = asyncio.create_task(http.post("/v1/chat/completions", json=chat_body()))
-            async with asyncio.timeout(30):
-                while await router.metric("rempart_requests_held", MODEL) == 0:  # noqa: ASYNC110 - as an autoscaler
-                    await asyncio.sleep(0.01)
+            await router.wait_for_metric("rempart_requests_held", MODEL)
             port = int(engine.address.rpartition(":")[2])
             await api.put_slice("engines-a", "engines", endpoint("127.0.0.1"), ports=[{"name": "grpc", "port": port}])
             assert (await asking).status_code == 200
             assert await router.metric("rempart_discovery_endpoints", str(service), "serving") == 1
             assert await router.metric("rempart_discovery_last_sync_timestamp_seconds", str(service)) > 0
-            assert await router.metric("rempart_is_leader") == 1
+            await router.wait_for_metric("rempart_is_leader")
             await api.stop()
             assert (await http.post("/v1/chat/completions", json=chat_body())).status_code == 200
             assert (await http.get("/readyz")).status_code == 200
