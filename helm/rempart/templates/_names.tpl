@@ -21,7 +21,7 @@ app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ . }}
 {{- end }}
 {{- with .engine }}
-rempart/engine: {{ . }}
+rempart/engine: {{ . | quote }}
 {{- end }}
 {{- end -}}
 
