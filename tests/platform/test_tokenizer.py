@@ -1,6 +1,9 @@
 """text/tokenizer.py, from_gguf.py and from_folder.py"""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,6 +118,16 @@ def test_generation_config_and_template_file_win(tmp_path: Path) -> None:
     model = load_folder(folder)
     assert model.tokenizer.eos_token_ids == (3, 4)
     assert model.chat_template == "new"
+
+
+def test_a_template_is_utf_8_whatever_the_machine_speaks(tmp_path: Path) -> None:
+    (write_folder(tmp_path) / "chat_template.jinja").write_text("Réponds.", encoding="utf-8")
+    program = f"from pathlib import Path; from {load_folder.__module__} import load_folder as load; " + (
+        f"print(ascii(load(Path({str(tmp_path)!r})).chat_template))"
+    )
+    environ = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    said = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=False)
+    assert (said.stdout, said.stderr) == ("'R\\xe9ponds.'\n", "")
 
 
 def test_an_unsupported_tokenizer_is_refused_by_name(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def _named(token: str | _AddedTokenName | None, special: dict[str, int]) -> tupl
 def _chat_template(folder: Path, config: _TokenizerConfig) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text()
+        return file.read_text("utf-8")
     if isinstance(config.chat_template, list):
         named = {template.name: template.template for template in config.chat_template}
         return named.get("default")
