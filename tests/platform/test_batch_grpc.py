@@ -206,7 +206,7 @@ async def test_a_download_that_is_not_read_is_cut() -> None:
     files = FakeFiles()
     files.piece_bytes = MAX_PIECE_BYTES
     file_id = files.add(CALLER.tenant, b"x" * 20_000_000).file_id
-    async with stub_of(files, grpc_limits=GrpcLimits(write_timeout_s=0.3)) as stub:
+    async with stub_of(files, grpc_limits=GrpcLimits(write_timeout_s=1.0)) as stub:
         call = stub.DownloadFile(batch_pb2.DownloadFileRequest(file_id=file_id), metadata=AUTH)
         async with asyncio.timeout(30):
             await call.read()

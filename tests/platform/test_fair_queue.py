@@ -232,7 +232,7 @@ async def test_only_so_many_may_wait(
 async def test_a_deadline_takes_the_request_out(redis: RedisClient, observer: RecordingQueueObserver) -> None:
     queue = queue_of(redis, observer)
     place = await queue.acquire(ask("running"))
-    error = await refusal(queue, ask("late", timeout_s=0.02))
+    error = await refusal(queue, ask("late", timeout_s=0.5))
     assert error.kind is ErrorKind.DEADLINE_EXCEEDED
     await queue.drain()
     assert held(await queue.snapshot(MODEL)) == (0, 1, 30)

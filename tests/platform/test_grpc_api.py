@@ -217,7 +217,7 @@ async def test_a_deadline_ends_the_generation() -> None:
 
 async def test_a_client_that_does_not_read_is_cut() -> None:
     dispatcher = FakeDispatcher(texts=["x" * 1000], num_repeats=10_000, delta_chars=1000)
-    async with stub_of(dispatcher, GrpcLimits(write_timeout_s=0.3)) as stub:
+    async with stub_of(dispatcher, GrpcLimits(write_timeout_s=1.0)) as stub:
         call = stub.Chat(CHAT, metadata=AUTH)
         await call.read()
         async with asyncio.timeout(30):
