@@ -324,6 +324,8 @@ def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
         replace(AuditConfig(), **wrong)
 
 
-def test_a_key_that_would_sign_nothing_is_refused() -> None:
+def test_settings_of_a_log_that_is_not_kept_are_refused() -> None:
+    with pytest.raises(ValueError, match="--audit-retention-days goes with --audit-store"):
+        AuditConfig(retention_days=30)
     with pytest.raises(ValueError, match="--audit-signing-key goes with --audit-store"):
         AuditConfig(signing_key="key.pem")

@@ -17,7 +17,7 @@ class AuditConfig:
 
     Raises:
         OutOfBoundsError: a number makes no sense.
-        ValueError: a key goes with nothing that it could sign.
+        ValueError: a key goes with nothing that it could sign, or days with nothing that is kept.
     """
 
     store: str = ""
@@ -57,6 +57,8 @@ class AuditConfig:
         require(self.max_segment_records <= most, "max_segment_records", f"at most {most}")
         if self.signing_key and not self.store:
             raise ValueError("--audit-signing-key goes with --audit-store")
+        if self.retention_days and not self.store:
+            raise ValueError("--audit-retention-days goes with --audit-store")
 
     @property
     def room_for_refused(self) -> int:
