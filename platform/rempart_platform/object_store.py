@@ -49,9 +49,9 @@ def remove_unfinished(store: ObjectStore, path: str) -> None:
     if not isinstance(store, LocalStore) or store.prefix is None:
         return
     place = Path(store.prefix) / path
-    with contextlib.suppress(FileNotFoundError):  # somebody else removes them too
+    with contextlib.suppress(FileNotFoundError):  # the folder itself
         for left in (*place.parent.glob(f"{place.name}#*"), *place.rglob("*#*")):
-            left.unlink()
+            left.unlink(missing_ok=True)  # somebody else removes them too
 
 
 def sync_to_disk(store: ObjectStore, path: str) -> None:

@@ -113,7 +113,7 @@ def read_seed(path: Path, environ: Mapping[str, str] = os.environ, aliases: Coll
         SeedError: it cannot be read, or holds what is unknown or out of range, or a secret is not there.
     """
     try:
-        text = path.read_text()
+        text = path.read_text("utf-8")
         document = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError) as error:
         raise SeedError(f"{path}: {error}") from None
@@ -264,7 +264,7 @@ def _key(table: Mapping[str, object], where: str, environ: Mapping[str, str]) ->
     if key_id_of(str(name).strip()) is not None:
         raise SeedError(f"{where}.{source} is the key itself; it must name where the key lies")
     try:
-        key = (Path(str(name)).read_text() if source == "from_file" else environ[str(name)]).strip()
+        key = (Path(str(name)).read_text("utf-8") if source == "from_file" else environ[str(name)]).strip()
     except (OSError, ValueError, KeyError) as error:
         raise SeedError(f"{where}.{source}: {name} cannot be read ({type(error).__name__})") from None
     if key_id_of(key) is None:
