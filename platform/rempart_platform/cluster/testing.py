@@ -160,7 +160,7 @@ class FakeKubernetes:
 
         They get neither data nor an acknowledgement nor an end, as when the machine of the server loses its power.
         """
-        for connection in self._watching:
+        for connection in tuple(self._watching):
             while _num_unacknowledged(connection) > 0:  # noqa: ASYNC110 - or the kernel would send it again and again
                 await asyncio.sleep(0.01)
             program = ctypes.create_string_buffer(_BPF_DROP_ALL)

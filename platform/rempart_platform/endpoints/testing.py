@@ -10,7 +10,9 @@ import argparse
 import asyncio
 import json
 import math
+import socket
 import sys
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -127,6 +129,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         self._died = asyncio.Event()
         self._changed = asyncio.Event()
         self._server: grpc.aio.Server | None = None
+        self._held: socket.socket | None = None  # keeps the port for this engine while it is away
         self._reaper: asyncio.Task[None] | None = None
 
     @property
@@ -147,11 +150,13 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
                 await self._changed.wait()
 
     async def start(self, address: str = "127.0.0.1:0") -> str:
-        """Serves, and returns the address with its true port."""
+        """Serves, and returns the address with its true port, which is kept until the context is left."""
         self._died.clear()
+        if address.endswith(":0"):
+            address = self._hold(address)
         server = grpc.aio.server(
             options=[
-                ("grpc.so_reuseport", 0),
+                ("grpc.so_reuseport", int(self._held is not None)),
                 ("grpc.http2.min_ping_interval_without_data_ms", 100),
             ]
         )
@@ -165,6 +170,22 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         self._reaper = asyncio.create_task(self._stop_when_dead(server))
         self.address = f"{address.rpartition(':')[0]}:{port}"
         return self.address
+
+    def _hold(self, address: str) -> str:
+        """A port that nobody else is given, though nothing listens on it yet."""
+        self._let_go()
+        held = socket.socket()
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        host = address.rpartition(":")[0]
+        held.bind((host, 0))
+        self._held = held
+        weakref.finalize(self, held.close)
+        return f"{host}:{held.getsockname()[1]}"
+
+    def _let_go(self) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     async def stop(self) -> None:
         """Goes away at once, as a killed process does."""
@@ -180,6 +201,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.stop()
+        self._let_go()
 
     async def GetModelInfo(  # noqa: N802 - the service's name
         self,
