@@ -18,6 +18,7 @@ import uvloop
 
 from rempart_platform.config import ConfigError, RouterConfig, RouterSecrets
 from rempart_platform.log_format import set_up_logging
+from rempart_platform.process_end import end_process
 from rempart_platform.router import serve
 
 _logger = logging.getLogger(__name__)
@@ -66,4 +67,4 @@ def main(args: Sequence[str], environ: Mapping[str, str]) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's own log lines are no JSON
-    sys.exit(main(sys.argv[1:], os.environ))
+    end_process(main(sys.argv[1:], os.environ))

@@ -16,6 +16,7 @@ import typer
 from rempart_platform.console import admin_commands, audit_commands, batch_commands, plan_commands
 from rempart_platform.console.admin_view import DEFAULT_ADDRESS, Address, ApiKey
 from rempart_platform.plan.command import show_plan
+from rempart_platform.process_end import end_process
 
 app = typer.Typer(
     help="Serve open-weight models to many tenants.",
@@ -199,7 +200,12 @@ def _become(module: str, args: list[str]) -> None:
 def main() -> None:
     """Entry point of the console script."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's own log lines are not for the person at the console
-    app()
+    try:
+        app()
+    except SystemExit as ended:  # Typer ends so, whatever became of the command
+        if not isinstance(ended.code, int):
+            raise
+        end_process(ended.code)
 
 
 if __name__ == "__main__":
