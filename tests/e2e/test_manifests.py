@@ -20,6 +20,8 @@ def rendered(path: Path) -> Path:
     """What `helm install` would send to a cluster."""
     files = [word for values in VALUES for word in ("-f", str(ROOT / values))]
     files += ["--set", "objectStorage.endpoint=http://127.0.0.1:9000"]  # one that knows buckets by path
+    for component in ("router", "engineDefaults"):  # a busy machine may take minutes for streams of some words
+        files += ["--set", f"{component}.drain.timeoutS=200"]
     command = [str(HELM), "template", "rempart", str(ROOT / "helm" / "rempart"), "--namespace", "rempart", *files]
     path.write_bytes(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return path
