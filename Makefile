@@ -11,7 +11,7 @@ GPU_PYTHON ?= $(BIN)/python
 GPU_INSTALLED := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED))
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-cpu test-triton test-gpu test-slow compile-kernels check format protos bench bench-dsa bench-queue bench-isolation bench-routers bench-gpu generated locks sbom clean
+.PHONY: help up test test-cpu test-triton test-gpu test-slow compile-kernels compile-ends check format protos bench bench-dsa bench-queue bench-isolation bench-routers bench-gpu generated locks sbom clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -19,7 +19,7 @@ help: ## show this list
 up: $(INSTALLED) ## set everything up, then serve SmolLM2-135M-Instruct on this machine (ARGS="--engines 2")
 	@$(BIN)/rempart up $(ARGS)
 
-test: test-cpu test-triton compile-kernels ## all tests that need no GPU and no long time
+test: test-cpu test-triton compile-ends ## all tests that need no GPU and no long time
 
 # Two processes that wait for their threads by spinning would take each other's cores. What takes longest begins first.
 test-cpu: $(INSTALLED) $(TOOLS) ## of these, all but the kernels for GPUs
@@ -30,11 +30,14 @@ test-cpu: $(INSTALLED) $(TOOLS) ## of these, all but the kernels for GPUs
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" tests/e2e
 
 test-triton: $(INSTALLED) ## the kernels and the engine for GPUs, in Triton's interpreter
-	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadscope -m "not slow and not gpu" \
-	  tests/gpu
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadscope --no-loadscope-reorder \
+	  -m "not slow and not gpu" tests/gpu/test_deepseek_parity_gpu.py tests/gpu
 
 compile-kernels: $(INSTALLED) ## every kernel for A100, H100 and B200: no spill and no slow path without a reason
 	@$(BIN)/python -m rempart_engine.kernels.compile $(ARGS)
+
+compile-ends: $(INSTALLED) ## the same for each kernel's smallest and largest sizes, in half the time
+	@$(BIN)/python -m rempart_engine.kernels.compile --ends
 
 test-gpu: $(GPU_INSTALLED) ## the kernels and the engine on the GPU of this machine (GPU_PYTHON=another Python)
 	@PYTHONPATH=engine:platform:protos $(GPU_PYTHON) -m pytest -q -m "not slow" tests/gpu $(ARGS)
@@ -42,6 +45,7 @@ test-gpu: $(GPU_INSTALLED) ## the kernels and the engine on the GPU of this mach
 test-slow: $(INSTALLED) ## the tests that take minutes
 	@$(BIN)/python -m pytest -q -m "slow and not gpu" --ignore tests/gpu $(ARGS)
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not gpu" tests/gpu
+	@$(MAKE) --no-print-directory compile-kernels ARGS=
 
 check: $(INSTALLED) ## format, lint, types, laws of the house, generated code
 	$(BIN)/ruff format --check .

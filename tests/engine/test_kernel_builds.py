@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rempart_engine.kernels.builds import Build
-from rempart_engine.kernels.compile import NoBuildsError, builds_of, operations
+from rempart_engine.kernels.compile import NoBuildsError, Wanted, builds_of, ends_of, operations
 from rempart_engine.kernels.compile_checks import Row, problems, reasons, row_json, table
 from rempart_engine.kernels.compile_one import (
     ArgumentsError,
@@ -194,6 +194,22 @@ def test_a_module_without_builds_is_refused(
     monkeypatch.setattr("rempart_engine.kernels.compile.importlib.import_module", lambda name: module)
     with pytest.raises(NoBuildsError, match=message):
         builds_of("attention", H100)
+
+
+def test_the_ends_of_builds_are_of_each_kernel_each_type_and_each_target() -> None:
+    kernels = [SimpleNamespace(arg_names=["x_ptr"]) for _ in range(2)]
+    wanted = [
+        Wanted("attention", build(name=f"{kind} {size}", kernel=kernels[number], arguments={"x_ptr": kind}), target, 0)
+        for number in range(2)
+        for target in (A100, H100)
+        for size in (16, 32, 64, 128)
+        for kind in ("*bf16", "*u8")
+    ]
+    kept = ends_of(wanted)
+    assert kept == [one for one in wanted if one.build.name.endswith((" 16", " 128"))]
+    assert len({(id(one.build.kernel), one.build.name, one.target) for one in kept}) == 2 * 2 * 2 * 2
+    assert ends_of(wanted[:1]) == wanted[:1]
+    assert ends_of([]) == []
 
 
 KERNELS = """

@@ -1,6 +1,6 @@
 """Compiles every kernel at every configuration that is shipped, for GPUs that need not be there.
 
-    python -m rempart_engine.kernels.compile [--arch 80 90 100] [--only NAME ...] [--json FILE] [--jobs N]
+    python -m rempart_engine.kernels.compile [--arch 80 90 100] [--only NAME ...] [--ends] [--json FILE] [--jobs N]
 
 Prints registers, shared memory, spills and the tensor-core instructions of each, and ends with 1 if anything is
 refused: see `compile_checks.py`.
@@ -69,6 +69,18 @@ def builds_of(operation: str, target: Target) -> list[Wanted]:
     return [Wanted(operation, build, target, index) for index, build in enumerate(builds)]
 
 
+def ends_of(wanted: Sequence[Wanted]) -> list[Wanted]:
+    """The first and the last of all that differ in sizes alone: one kernel with the same types of arguments on one GPU.
+
+    Kernels list their builds by size, so that what lies between is like the one or the other.
+    """
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for place, one in enumerate(wanted):
+        types = tuple(sorted(one.build.arguments.items()))
+        alike.setdefault((one.operation, id(one.build.kernel), types, one.target), []).append(place)
+    return [wanted[place] for place in sorted({end for places in alike.values() for end in (places[0], places[-1])})]
+
+
 def compile_all(wanted: Sequence[Wanted], num_jobs: int) -> Iterator[Row]:
     """In that many processes; in the order given."""
     with (
@@ -103,7 +115,7 @@ def run(args: argparse.Namespace) -> list[str]:
                 wanted += builds_of(operation, target)
             except NoBuildsError as error:
                 refused.append(str(error))
-    rows = list(compile_all(wanted, args.jobs))
+    rows = list(compile_all(ends_of(wanted) if args.ends else wanted, args.jobs))
     refused += [problem for row in rows for problem in problems(row)]
     print(table(rows))
     if explained := reasons(rows):
@@ -121,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile all kernels for GPUs.", allow_abbrev=False)
     parser.add_argument("--arch", type=int, nargs="+", choices=capabilities, default=capabilities)
     parser.add_argument("--only", nargs="+", choices=known, default=known, metavar="NAME", help=", ".join(known))
+    parser.add_argument("--ends", action="store_true", help="of builds that differ in sizes alone, the first and last")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
     args = parser.parse_args()
