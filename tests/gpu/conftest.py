@@ -10,6 +10,11 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from rempart_engine.kernels.target import INTERPRETED, Target, target_of
 
+if INTERPRETED:
+    from tests.gpu.interpreter import patch_once_per_launch
+
+    patch_once_per_launch()
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if not INTERPRETED and not torch.cuda.is_available():
