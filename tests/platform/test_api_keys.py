@@ -6,8 +6,10 @@ import pytest
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Caller
 from rempart_platform.tenancy.api_keys import AdminAuthenticator, ApiKeyStore, Authenticator, KeyHasher
-from rempart_platform.tenancy.redis_client import RedisClient
-from rempart_platform.tenancy.testing import own_redis
+from rempart_platform.tenancy.limits import LimitChange, TenantLimits
+from rempart_platform.tenancy.redis_client import RedisAwayError, RedisClient
+from rempart_platform.tenancy.tenants import TenantRegistry
+from rempart_platform.tenancy.testing import away_after, own_redis
 
 HASHER = KeyHasher(b"a pepper of 16 bytes or more")
 
@@ -199,6 +201,26 @@ async def test_revoking_twice_says_not_found(store: ApiKeyStore) -> None:
     with pytest.raises(RempartError) as raised:
         await store.revoke(issued.key_id)
     assert raised.value.kind is ErrorKind.NOT_FOUND
+
+
+@pytest.mark.parametrize("num_calls", range(1, 5))
+async def test_revocation_that_was_cut_short_holds_and_is_ended_by_the_next(
+    redis: RedisClient, store: ApiKeyStore, authenticator: Authenticator, num_calls: int
+) -> None:
+    tenants = TenantRegistry(redis)
+    await tenants.create("acme", TenantLimits())
+    issued = await store.issue("acme")
+    await tenants.change("acme", LimitChange(TenantLimits(concurrency=1), key_id=issued.key_id))
+    with pytest.raises(RedisAwayError), away_after(redis, num_calls):
+        await store.revoke(issued.key_id)
+    if num_calls > 1:
+        await _refusal(authenticator, issued.key)
+        assert await store.list("acme") == ()
+    assert (await store.revoke(issued.key_id)).tenant == "acme"
+    await _refusal(authenticator, issued.key)
+    keys = await redis.call(lambda redis: redis.keys("*"))
+    assert sorted(keys) == ["rempart:tenants", "rempart:{acme}:tenant"]
+    assert list(await redis.read_hash("rempart:{acme}:tenant")) == ["created_s"]
 
 
 async def test_admin_key_passes_and_all_else_is_refused() -> None:

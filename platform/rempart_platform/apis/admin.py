@@ -17,7 +17,7 @@ from rempart_platform.audit.records import cut
 from rempart_platform.errors import RempartError, internal_error, invalid_request
 from rempart_platform.generation import ServiceTier
 from rempart_platform.tenancy.api_keys import ApiKey, ApiKeyStore
-from rempart_platform.tenancy.limits import LIMITS, LimitChange
+from rempart_platform.tenancy.limits import LimitChange
 from rempart_platform.tenancy.plans import Plan, PlanRegistry
 from rempart_platform.tenancy.prices import ModelPrice, PriceList, PriceRegistry
 from rempart_platform.tenancy.standing import STANDING, OwnStanding, StandingChange
@@ -114,8 +114,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
 
     async def RevokeKey(self, request: admin_pb2.RevokeKeyRequest, context: Context) -> admin_pb2.RevokeKeyResponse:
         async with self._act(context, request, "revoke_key", key_id=request.key_id) as fields:
-            fields["tenant"] = tenant = (await self._keys.revoke(request.key_id)).tenant
-            await self._tenants.change(tenant, LimitChange(unset=LIMITS, key_id=request.key_id))
+            fields["tenant"] = (await self._keys.revoke(request.key_id)).tenant
             return admin_pb2.RevokeKeyResponse()
 
     async def GetUsage(self, request: admin_pb2.GetUsageRequest, context: Context) -> admin_pb2.GetUsageResponse:

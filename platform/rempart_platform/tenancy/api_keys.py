@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Caller
 from rempart_platform.tenancy.keyspace import TenantKeys, api_key_record
+from rempart_platform.tenancy.limits import LIMITS, LimitChange
 from rempart_platform.tenancy.memory import Memory
 from rempart_platform.tenancy.redis_client import RedisClient
 
@@ -125,9 +126,9 @@ class ApiKeyStore:
         return tuple(key for key in keys if key is not None)
 
     async def get(self, key_id: str) -> ApiKey:
-        key = await self._load(key_id) if _KEY_ID.fullmatch(key_id) else None
+        key = await self._load(key_id) if is_key_id(key_id) else None
         if key is None:
-            raise RempartError(ErrorKind.NOT_FOUND, "There is no such key.", param="key_id")
+            raise _no_such_key()
         return key
 
     async def set_expiry(self, key_id: str, expires_s: int) -> ApiKey:
@@ -138,10 +139,17 @@ class ApiKeyStore:
         return await self.get(key_id)
 
     async def revoke(self, key_id: str) -> ApiKey:
-        """Ends a key: here at once, in every `Authenticator` when its memory of it ends."""
-        key = await self.get(key_id)
+        """Ends a key and its limits: here at once, in every `Authenticator` when its memory of it ends."""
+        stored = await self._redis.read_hash(api_key_record(key_id)) if is_key_id(key_id) else {}
+        if "tenant" not in stored:
+            raise _no_such_key()
+        key, keys = _parse(key_id, stored), TenantKeys(stored["tenant"])
+        limits = LimitChange(unset=LIMITS, key_id=key_id).removed()
+        # Made invalid first and forgotten last: whoever comes after a crash in between ends what is left.
+        await self._redis.call(lambda redis: redis.hdel(api_key_record(key_id), "digest"))
+        await self._redis.call(lambda redis: redis.hdel(keys.tenant, *limits))
+        await self._redis.call(lambda redis: redis.zrem(keys.api_keys, key_id))
         await self._redis.call(lambda redis: redis.delete(api_key_record(key_id)))
-        await self._redis.call(lambda redis: redis.zrem(TenantKeys(key.tenant).api_keys, key_id))
         return key
 
     async def find(self, key_id: str) -> KeyRecord | None:
@@ -150,9 +158,8 @@ class ApiKeyStore:
 
     async def _load(self, key_id: str) -> ApiKey | None:
         stored = await self._redis.read_hash(api_key_record(key_id))
-        if "digest" not in stored:
-            return None  # It was revoked while its expiry was being set.
-        return ApiKey(key_id, stored["tenant"], int(stored["created_s"]), _expiry(stored))
+        # Without a digest it is being revoked, or was while its expiry was being set.
+        return _parse(key_id, stored) if "digest" in stored else None
 
     def _check_expiry(self, expires_s: int) -> None:
         if expires_s and expires_s <= self._clock():
@@ -255,6 +262,14 @@ class AdminAuthenticator:
 def is_key_id(text: str) -> bool:
     """Whether a caller's `key_id` is that of a key of ours."""
     return _KEY_ID.fullmatch(text) is not None
+
+
+def _parse(key_id: str, stored: Mapping[str, str]) -> ApiKey:
+    return ApiKey(key_id, stored["tenant"], int(stored["created_s"]), _expiry(stored))
+
+
+def _no_such_key() -> RempartError:
+    return RempartError(ErrorKind.NOT_FOUND, "There is no such key.", param="key_id")
 
 
 def _expiry(stored: Mapping[str, str]) -> int:

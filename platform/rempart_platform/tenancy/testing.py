@@ -1,13 +1,15 @@
 """For tests of what stands on tenancy: a real Redis of one's own, and an observer that remembers."""
 
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
 
 from rempart_platform.generation import Usage
 from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redis
-from rempart_platform.tenancy.redis_client import RedisClient, RedisConfig, connect_redis
+from rempart_platform.tenancy.redis_client import RedisAwayError, RedisClient, RedisConfig, connect_redis
 
 
 def patient(url: str) -> RedisConfig:
@@ -20,6 +22,30 @@ async def own_redis() -> AsyncIterator[RedisClient]:
     """A client of a fresh, empty server."""
     async with embedded_redis(EmbeddedRedisConfig()) as server, connect_redis(patient(server.url)) as redis:
         yield redis
+
+
+@contextmanager
+def away_after(redis: RedisClient, num_calls: int) -> Iterator[None]:
+    """Within, Redis does what it is asked so many times, and is away then."""
+    call, run_script = redis.call, redis.run_script
+    left = num_calls
+
+    def take_one() -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise RedisAwayError(0.0, may_have_run=False)
+
+    async def call_at_first(*args: Any) -> Any:
+        take_one()
+        return await call(*args)
+
+    async def run_at_first(*args: Any) -> Any:
+        take_one()
+        return await run_script(*args)
+
+    with patch.object(redis, "call", call_at_first), patch.object(redis, "run_script", run_at_first):
+        yield
 
 
 @dataclass(slots=True)
