@@ -22,12 +22,14 @@ up: $(INSTALLED) ## set everything up, then serve SmolLM2-135M-Instruct on this 
 test: test-cpu test-triton compile-ends ## all tests that need no GPU and no long time
 
 # Two processes that wait for their threads by spinning would take each other's cores. What takes longest begins first.
+# Tests of the platform wait more than they compute: three of them at once keep two cores busy.
 test-cpu: $(INSTALLED) $(TOOLS) ## of these, all but the kernels for GPUs
 	@GOMP_SPINCOUNT=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder \
 	  -m "not slow and not gpu" tests/engine/test_parity.py tests/engine
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope -m "not slow and not gpu" \
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadscope -m "not slow and not gpu" \
 	  tests/platform tests/chart tests/deploy tests/observe
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu" tests/e2e
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" \
+	  tests/e2e/test_deepseek.py tests/e2e
 
 test-triton: $(INSTALLED) ## the kernels and the engine for GPUs, in Triton's interpreter
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadscope --no-loadscope-reorder \
