@@ -25,7 +25,7 @@ from rempart_platform.cluster.open_leadership import open_leadership
 from rempart_platform.config import RouterConfig, RouterSecrets, config_digest
 from rempart_platform.discovery_metrics import DiscoveryMetrics
 from rempart_platform.dispatcher import DispatchConfig, Dispatcher
-from rempart_platform.endpoints.capacity import Capacity, capacity_of
+from rempart_platform.endpoints.capacity import Capacities
 from rempart_platform.endpoints.load import EndpointState
 from rempart_platform.endpoints.pool import EnginePool
 from rempart_platform.endpoints.source import EndpointSource
@@ -196,13 +196,11 @@ def _build_pool(
 async def _open_queue(
     redis: RedisClient, config: QueueConfig, metrics: RouterMetrics, pool: EnginePool
 ) -> AsyncIterator[FairQueue | None]:
-    def capacity(model: str) -> Capacity:
-        return capacity_of(pool.states(), model, config.capacity)
-
+    capacities = Capacities(pool.states, config.capacity, time.monotonic)
     if config.mode == "off":
         yield None
     else:
-        async with open_fair_queue(redis, config, QueueMetrics(metrics), capacity) as queue:
+        async with open_fair_queue(redis, config, QueueMetrics(metrics), capacities.of) as queue:
             yield queue
 
 

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from rempart_platform.endpoints.capacity import Capacity, CapacityRules, capacity_of
+from rempart_platform.endpoints.capacity import Capacities, Capacity, CapacityRules, capacity_of
 from rempart_platform.endpoints.load import EndpointLoad, EndpointModel, EndpointState
 
 MODEL = EndpointModel("m", max_model_len=4096, vocab_size=512, eos_token_ids=(0,), block_size=64)
@@ -65,6 +65,19 @@ def test_nothing_is_reserved_where_nothing_shall_be() -> None:
 def test_the_largest_reserve_leaves_a_row(rows: int, reserved: int) -> None:
     few = replace(IDLE, model=replace(MODEL, max_num_rows=rows))
     assert capacity_of([few], "m", replace(RULES, reserve=1.0)).reserved_rows == reserved
+
+
+def test_a_sum_stands_for_a_while_and_for_one_model() -> None:
+    states, now = [IDLE], [0.0]
+    capacities = Capacities(lambda: states, replace(RULES, lasts_s=0.5), lambda: now[0])
+    assert capacities.of("m") == capacity_of([IDLE], "m", RULES)
+    states.append(replace(IDLE, model=replace(MODEL, name="other")))
+    states.append(IDLE)
+    assert capacities.of("other").rows == 32
+    now[0] = 0.4
+    assert capacities.of("m").rows == 32
+    now[0] = 0.5
+    assert capacities.of("m").rows == 64
 
 
 @pytest.mark.parametrize(

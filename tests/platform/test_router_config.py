@@ -102,6 +102,7 @@ ZERO_MAKES_SENSE = {
     *("--discovery-kubernetes-silence-s", "--hold-without-engine-s"),
     *("--quota-cached-token-weight", "--quota-recount-s", "--quota-max-recounted", "--quota-drain-s"),
     *("--queue-output-weight", "--queue-ageing-s", "--queue-block-s", "--queue-drain-s", "--queue-capacity-reserve"),
+    "--queue-capacity-lasts-s",
     *("--batch-drain-s", "--batch-keep-parts-s", "--batch-record-lifetime-s", "--batch-limits-file-lifetime-s"),
     *("--audit-retention-days", "--audit-close-timeout-s", "--oidc-leeway-s", "--oidc-memory-s"),
 }

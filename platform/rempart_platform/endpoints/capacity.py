@@ -1,7 +1,7 @@
 """How much work the endpoints of a model take at a time, all routers' together: what the fair queue grants of."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from rempart_platform.bounds import require, require_positive
@@ -37,9 +37,39 @@ class CapacityRules:
     tenants are served, for those that hold no more than that: one that comes now and then need not wait until a request
     of one that floods ends. 1 row of 4, 4 of 64, 8 of 256, as chance meetings grow with the root; 0 keeps nothing."""
 
+    lasts_s: float = 0.05
+    """For how long a sum over all endpoints stands. Each request asks for it twice, and it takes time by endpoint."""
+
     def __post_init__(self) -> None:
-        require_positive(self, or_zero=("reserve",))
+        require_positive(self, or_zero=("reserve", "lasts_s"))
         require(self.reserve <= 1, "reserve", "between 0 and 1")
+
+
+class Capacities:
+    """The capacity of each model, as it was at most `rules.lasts_s` ago.
+
+    Args:
+        states: all endpoints at this moment.
+        rules: how their loads tell it.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, states: Callable[[], Iterable[EndpointState]], rules: CapacityRules, clock: Callable[[], float]
+    ) -> None:
+        self._states = states
+        self._rules = rules
+        self._clock = clock
+        self._sums: dict[str, tuple[float, Capacity]] = {}
+
+    def of(self, model: str) -> Capacity:
+        """Of the endpoints that can take requests for the model."""
+        now = self._clock()
+        until, capacity = self._sums.get(model, (now, Capacity(0, 0)))
+        if until <= now:
+            capacity = capacity_of(self._states(), model, self._rules)
+            self._sums[model] = now + self._rules.lasts_s, capacity
+        return capacity
 
 
 def capacity_of(states: Iterable[EndpointState], model: str, rules: CapacityRules) -> Capacity:

@@ -5,7 +5,7 @@ Pure: states in, one of them out. Nothing here knows a connection or a clock.
 
 import math
 import random
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -107,14 +107,21 @@ def pick(
     candidates = [state for state in states if can_take(state, model) and state.address not in avoid]
     if not candidates:
         return None
-    least_full = min(fullness(state) for state in candidates)
-    candidates = [state for state in candidates if fullness(state) == least_full]
+    candidates = _lowest(candidates, [fullness(state) for state in candidates])
     cached = cached_tokens or {}
-    largest = max(_capacity(state) for state in candidates)
+    capacities = [_capacity(state) for state in candidates]
+    largest = max(capacities)
     # The prompt is equally long everywhere: what is cached is taken off instead of adding what is not.
-    scores = [work_tokens(state) * largest / _capacity(state) - cached.get(state.address, 0) for state in candidates]
+    scores = [
+        work_tokens(state) * largest / capacity - cached.get(state.address, 0)
+        for state, capacity in zip(candidates, capacities, strict=True)
+    ]
+    return rng.choice(_lowest(candidates, scores))
+
+
+def _lowest(states: Sequence[EndpointState], scores: Sequence[float]) -> list[EndpointState]:
     lowest = min(scores)
-    return rng.choice([state for state, score in zip(candidates, scores, strict=True) if score == lowest])
+    return [state for state, score in zip(states, scores, strict=True) if score == lowest]
 
 
 def _capacity(state: EndpointState) -> int:

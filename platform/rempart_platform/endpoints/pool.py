@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Never
 
 from rempart_platform.breaker import Breaker
@@ -77,7 +77,11 @@ class _Member:
 
     @property
     def state(self) -> EndpointState:
-        return self.session.state_as(is_left_out=self.breaker.refuses, is_leaving=self.is_leaving)
+        """The session's, with what only the pool knows."""
+        is_left_out = self.breaker.refuses
+        if not (is_left_out or self.is_leaving):
+            return self.session.state
+        return replace(self.session.state, is_left_out=is_left_out, is_leaving=self.is_leaving)
 
 
 class EnginePool:

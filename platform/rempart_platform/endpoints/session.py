@@ -10,7 +10,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Never
 
 import grpc
@@ -85,42 +85,19 @@ class EngineSession:
         self._on_change = on_change
         self._connecting = connecting or asyncio.Semaphore(config.max_connecting)
         self._turns = Turns(config.streams_per_pass)
-        self._model: EndpointModel | None = None
         self._connection: EngineConnection | None = None
-        self._load: EndpointLoad | None = None  # None: this connection has not brought an update yet
         self._num_attempts = 0
-        self._num_in_flight = 0
-        self._num_in_flight_tokens = 0
-        self._full_rows = 0
-
-    @property
-    def state(self) -> EndpointState:
-        return self.state_as()
-
-    def state_as(self, *, is_left_out: bool = False, is_leaving: bool = False) -> EndpointState:
-        """The state, with what only others know of this endpoint."""
-        return EndpointState(
-            address=self.address,
-            model=self._model,
-            is_ready=self._load is not None,
-            load=self._load or EndpointLoad(),
-            num_in_flight=self._num_in_flight,
-            num_in_flight_tokens=self._num_in_flight_tokens,
-            full_rows=self._full_rows,
-            is_left_out=is_left_out,
-            is_leaving=is_leaving,
-        )
+        self.state = EndpointState(address)
+        """Made anew with each change, and not when it is asked for: each request asks all endpoints for theirs."""
 
     @contextmanager
     def in_flight(self, num_tokens: int) -> Iterator[None]:
         """Counts a request of at most that many tokens as in flight here until the block is left."""
-        self._num_in_flight += 1
-        self._num_in_flight_tokens += num_tokens
+        self._add_in_flight(1, num_tokens)
         try:
             yield
         finally:
-            self._num_in_flight -= 1
-            self._num_in_flight_tokens -= num_tokens
+            self._add_in_flight(-1, -num_tokens)
 
     def generate(self, request: engine_pb2.GenerateRequest) -> TokenStream:
         """Starts a request on the engine. Leaving the returned stream before its end aborts the request.
@@ -149,15 +126,16 @@ class EngineSession:
                 return f"{error.code().name}: {error.details()}"
             if model is None:
                 return "the engine is not serving"
-            self._model = model
+            self.state = replace(self.state, model=model)
             call = engine_pb2_grpc.EngineStub(channel).Session()
             self._connection = EngineConnection(call, self._config.max_buffered_tokens, self._take_load, self._turns)
             try:
                 return await self._connection.run()
             finally:
                 self._connection = None
-                was_ready, self._load = self._load is not None, None
-                self._full_rows = 0  # another engine may come to this address
+                was_ready = self.state.is_ready
+                # Another engine may come to this address.
+                self.state = replace(self.state, is_ready=False, load=EndpointLoad(), full_rows=0)
                 if was_ready:
                     self._on_change(self.state)
 
@@ -175,13 +153,21 @@ class EngineSession:
         return EndpointModel.from_proto(info)
 
     def _take_load(self, load: EndpointLoad) -> None:
-        previous, self._load = self._load, load
-        if load.num_waiting > 0:
-            self._full_rows = max(self._full_rows, load.num_running)
-        if previous is None:
+        before = self.state
+        full_rows = max(before.full_rows, load.num_running) if load.num_waiting > 0 else before.full_rows
+        self.state = replace(before, is_ready=True, load=load, full_rows=full_rows)
+        if not before.is_ready:
             self._num_attempts = 0
-        if previous is None or previous.is_draining != load.is_draining:
+        if not before.is_ready or before.load.is_draining != load.is_draining:
             self._on_change(self.state)
+
+    def _add_in_flight(self, number: int, num_tokens: int) -> None:
+        now = self.state
+        self.state = replace(
+            now,
+            num_in_flight=now.num_in_flight + number,
+            num_in_flight_tokens=now.num_in_flight_tokens + num_tokens,
+        )
 
 
 def _channel_options(config: SessionConfig) -> list[tuple[str, int]]:
