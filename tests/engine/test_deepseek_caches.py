@@ -202,8 +202,16 @@ def requests(count: int) -> list[Request]:
     return result
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
-@pytest.mark.parametrize("num_speculative_tokens", [0, 2])
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "num_speculative_tokens"),
+    [
+        ("auto", 0),
+        ("fp8", 2),
+        # Formats of the cache know nothing of drafts.
+        pytest.param("auto", 2, marks=pytest.mark.slow),
+        pytest.param("fp8", 0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_walk_in_a_small_pool_says_what_a_large_one_says(
     tmp_path: Path, kv_cache_dtype: str, num_speculative_tokens: int
 ) -> None:
