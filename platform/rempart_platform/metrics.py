@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from rempart_platform.endpoints.load import EndpointState
 from rempart_platform.generation import Usage
+from rempart_platform.metric_labels import by_labels
 from rempart_platform.request_trace import RequestTrace
 from rempart_platform.scaling_metrics import ScalingMetrics
 from rempart_platform.tenancy.queue_values import Place, QueueSnapshot
@@ -56,14 +57,15 @@ class RouterMetrics:
         self.scaling = ScalingMetrics(registry)
         self._tenant = BoundedLabel(max_tenants)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(_PREFIX + name, text, labels, registry=registry)
+        def counter(name: str, text: str, *labels: str) -> Callable[..., Counter]:
+            return by_labels(Counter(_PREFIX + name, text, labels, registry=registry))
 
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(_PREFIX + name, text, labels, registry=registry)
+        def gauge(name: str, text: str, *labels: str) -> Callable[..., Gauge]:
+            return by_labels(Gauge(_PREFIX + name, text, labels, registry=registry))
 
-        def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
-            return Histogram(_PREFIX + name, text, ("model", *labels), registry=registry, buckets=buckets)
+        def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Callable[..., Histogram]:
+            family = Histogram(_PREFIX + name, text, ("model", *labels), registry=registry, buckets=buckets)
+            return by_labels(family)
 
         self._requests = counter("requests", "Requests that ended, by how.", "model", "tenant", "outcome")
         self._rejections = counter("rejections", "Requests refused before an engine saw them.", "model", "reason")
@@ -81,10 +83,9 @@ class RouterMetrics:
         self._quota_tokens = counter("quota_tokens", "Tokens of quotas, by what became of them.", "tenant", "state")
         self._quota_events = counter("quota_events", "What befell reservations.", "event")
         for event in _QUOTA_EVENTS:
-            self._quota_events.labels(event)
-        self._overgranted = counter(
-            "quota_overgranted_tokens", "Tokens granted beyond a limit of tokens per minute: 0, or quotas are wrong."
-        )
+            self._quota_events(event)
+        overgranted = "Tokens granted beyond a limit of tokens per minute: 0, or quotas are wrong."
+        self._overgranted = Counter(_PREFIX + "quota_overgranted_tokens", overgranted, registry=registry)
         self._cost = counter("cost", "Cost of what was used, in the operator's currency.", "model", "tenant")
         self._in_flight = gauge("requests_in_flight", "Requests admitted and not ended.", "model")
         self._queue_waiting = gauge("queue_waiting_requests", "This router's requests that wait.", "model", "tenant")
@@ -112,89 +113,89 @@ class RouterMetrics:
 
     def request_admitted(self, trace: RequestTrace) -> None:
         request = trace.request
-        self._in_flight.labels(request.model).inc()
+        self._in_flight(request.model).inc()
         self.scaling.began(request)
         self._count_quota_tokens(trace, "reserved", request.worst_case_tokens)
 
     def request_left(self, trace: RequestTrace, cost_nanos: int = 0) -> None:
         """The counterpart of `request_admitted`. The cost is in billionths of the operator's currency."""
         usage = trace.usage
-        self._cost.labels(trace.request.model, self._tenant(trace.request.caller.tenant)).inc(cost_nanos / 1e9)
+        self._cost(trace.request.model, self._tenant(trace.request.caller.tenant)).inc(cost_nanos / 1e9)
         num_settled = usage.prompt_tokens + usage.completion_tokens
-        self._in_flight.labels(trace.request.model).dec()
+        self._in_flight(trace.request.model).dec()
         self.scaling.left(trace)
         self._count_quota_tokens(trace, "settled", num_settled)
         self._count_quota_tokens(trace, "refunded", max(trace.request.worst_case_tokens - num_settled, 0))
 
     def attempt_failed(self, model: str, code: str) -> None:
-        self._engine_errors.labels(model, code).inc()
+        self._engine_errors(model, code).inc()
 
     def retried(self, model: str) -> None:
-        self._retries.labels(model).inc()
+        self._retries(model).inc()
 
     def request_ended(self, trace: RequestTrace) -> None:
         """Counts a request once, at its end."""
         model, tenant, usage = trace.request.model, self._tenant(trace.request.caller.tenant), trace.usage
-        self._requests.labels(model, tenant, trace.outcome).inc()
-        self._e2e.labels(model).observe(trace.ended_s - trace.started_s)
+        self._requests(model, tenant, trace.outcome).inc()
+        self._e2e(model).observe(trace.ended_s - trace.started_s)
         if trace.dispatched_s is None:
             if trace.error is not None:
                 reason = trace.violation.metric if trace.violation is not None else trace.outcome
-                self._rejections.labels(model, reason).inc()
-                self._tenant_rejections.labels(tenant, reason).inc()
+                self._rejections(model, reason).inc()
+                self._tenant_rejections(tenant, reason).inc()
             return
-        self._queue_time.labels(model).observe(trace.dispatched_s - trace.started_s)
+        self._queue_time(model).observe(trace.dispatched_s - trace.started_s)
         if trace.first_event_s is None:
             return
-        self._dispatch_time.labels(model).observe(trace.first_event_s - trace.dispatched_s)
-        self._prompt_tokens.labels(model, tenant).inc(usage.prompt_tokens)
-        self._completion_tokens.labels(model, tenant).inc(usage.completion_tokens)
-        self._cached_tokens.labels(model, tenant).inc(usage.cached_tokens)
-        self._expected_cached_tokens.labels(model).inc(trace.num_expected_cached_tokens)
-        self._prompt_length.labels(model).observe(usage.prompt_tokens)
-        self._output_length.labels(model).observe(usage.completion_tokens)
+        self._dispatch_time(model).observe(trace.first_event_s - trace.dispatched_s)
+        self._prompt_tokens(model, tenant).inc(usage.prompt_tokens)
+        self._completion_tokens(model, tenant).inc(usage.completion_tokens)
+        self._cached_tokens(model, tenant).inc(usage.cached_tokens)
+        self._expected_cached_tokens(model).inc(trace.num_expected_cached_tokens)
+        self._prompt_length(model).observe(usage.prompt_tokens)
+        self._output_length(model).observe(usage.completion_tokens)
         if trace.time_to_first_token_s is not None:
-            self._ttft.labels(model).observe(trace.time_to_first_token_s)
+            self._ttft(model).observe(trace.time_to_first_token_s)
         if trace.time_per_output_token_s is not None:
-            self._tpot.labels(model).observe(trace.time_per_output_token_s)
+            self._tpot(model).observe(trace.time_per_output_token_s)
 
     def _count_quota_tokens(self, trace: RequestTrace, state: str, num_tokens: int) -> None:
-        self._quota_tokens.labels(self._tenant(trace.request.caller.tenant), state).inc(num_tokens)
+        self._quota_tokens(self._tenant(trace.request.caller.tenant), state).inc(num_tokens)
 
     def count_overgranted_tokens(self, tokens: int) -> None:
         self._overgranted.inc(tokens)
 
     def count_quota_event(self, event: str, count: int = 1) -> None:
-        self._quota_events.labels(event).inc(count)
+        self._quota_events(event).inc(count)
 
     def queue_entered(self, tenant: str, model: str) -> None:
-        self._queue_waiting.labels(model, self._tenant(tenant)).inc()
+        self._queue_waiting(model, self._tenant(tenant)).inc()
 
     def queue_left(self, tenant: str, model: str) -> None:
         """The counterpart of `queue_entered`."""
-        self._queue_waiting.labels(model, self._tenant(tenant)).dec()
+        self._queue_waiting(model, self._tenant(tenant)).dec()
 
     def queue_granted(self, place: Place) -> None:
         request = place.request
-        self._queue_wait.labels(request.model, self._tenant(request.tenant)).observe(place.waited_s)
-        self._queue_class_wait.labels(request.model, request.service_tier.name.lower()).observe(place.waited_s)
-        self._queue_waiting.labels(request.model, self._tenant(request.tenant)).inc(0)  # told from now on
+        self._queue_wait(request.model, self._tenant(request.tenant)).observe(place.waited_s)
+        self._queue_class_wait(request.model, request.service_tier.name.lower()).observe(place.waited_s)
+        self._queue_waiting(request.model, self._tenant(request.tenant)).inc(0)  # told from now on
 
     def count_queue_event(self, model: str, event: str, count: int = 1) -> None:
-        self._queue_events.labels(model, event).inc(count)
+        self._queue_events(model, event).inc(count)
 
     def queue_stands(self, model: str, snapshot: QueueSnapshot) -> None:
         """How the queue of all routers stands; each of them tells the same."""
         for service_tier, part in snapshot.classes.items():
-            self._queue_depth.labels(model, service_tier.name.lower()).set(part.num_waiting)
-            self._queue_lag.labels(model, service_tier.name.lower()).set(part.lag)
+            self._queue_depth(model, service_tier.name.lower()).set(part.num_waiting)
+            self._queue_lag(model, service_tier.name.lower()).set(part.lag)
         for unit, granted, room in (
             ("rows", snapshot.rows, snapshot.max_rows),
             ("tokens", snapshot.tokens, snapshot.max_tokens),
         ):
-            self._queue_granted.labels(model, unit).set(granted)
-            self._queue_room.labels(model, unit).set(room)
-        self._queue_jain.labels(model).set(snapshot.jain)
+            self._queue_granted(model, unit).set(granted)
+            self._queue_room(model, unit).set(room)
+        self._queue_jain(model).set(snapshot.jain)
 
 
 class QueueMetrics:

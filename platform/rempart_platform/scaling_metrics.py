@@ -7,12 +7,13 @@ start, at 0.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from prometheus_client import CollectorRegistry, Gauge
 
 from rempart_platform.generation import GenerationRequest
+from rempart_platform.metric_labels import by_labels
 from rempart_platform.request_trace import RequestTrace
 
 _FIRST_EXPECTED = 256
@@ -29,8 +30,8 @@ class ScalingMetrics:
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(name, text, ("model",), registry=registry)
+        def gauge(name: str, text: str) -> Callable[..., Gauge]:
+            return by_labels(Gauge(name, text, ("model",), registry=registry))
 
         self._mean_output_tokens: dict[str, float] = {}
         """Of a choice, by model."""
@@ -44,28 +45,26 @@ class ScalingMetrics:
         """Shows these models, though nothing was asked of them yet."""
         for model in models:
             for gauge in (self._held, self._waiting, self._running):
-                gauge.labels(model)
+                gauge(model)
 
     def held(self, model: str) -> AbstractContextManager[None]:
         """Counts a request until the block is left."""
-        return _counted(self._held.labels(model), 1)
+        return _counted(self._held(model), 1)
 
     def waiting(self, request: GenerationRequest) -> AbstractContextManager[None]:
         """Counts its tokens until the block is left."""
-        return _counted(self._waiting.labels(request.model), self._tokens(request))
+        return _counted(self._waiting(request.model), self._tokens(request))
 
     def began(self, request: GenerationRequest) -> None:
         """It has a place."""
         self._began[request.request_id] = num_tokens = self._tokens(request)
-        self._running.labels(request.model).inc(num_tokens)
+        self._running(request.model).inc(num_tokens)
 
     def left(self, trace: RequestTrace) -> None:
         """The counterpart of `began`."""
         request = trace.request
-        self._running.labels(request.model).dec(self._began.pop(request.request_id))
-        if (
-            trace.is_complete
-        ):  # else it says little about how long an output is: an engine was lost, or the client is gone
+        self._running(request.model).dec(self._began.pop(request.request_id))
+        if trace.is_complete:  # else an engine was lost or the client is gone, which tells of no output's length
             mean = self._expected(request.model)
             newest = trace.num_completion_tokens / request.num_choices
             self._mean_output_tokens[request.model] = mean + _WEIGHT_OF_NEWEST * (newest - mean)
