@@ -96,8 +96,8 @@ class RouterConfig:
     tenants_file: str = ""
     """Plans, tenants and prices to begin with, TOML or JSON; see `tenancy/seed.py`."""
     redis_timeout_s: float = 1.0
-    """For a connection and for an answer, each. A router that is busy for longer takes a Redis that has answered to be
-    away."""
+    """For a connection, and for an answer; of many scripts, which come in order, for the next one. A router that is busy
+    for longer takes a Redis that has answered to be away, but for scripts."""
     redis_max_connections: int = 64
     """One of them is for the scripts of quotas and queue, which it has under way together."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

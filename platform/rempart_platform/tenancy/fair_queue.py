@@ -138,7 +138,6 @@ class FairQueue:
         self._endings: set[asyncio.Task[None]] = set()
         self._tasks: asyncio.TaskGroup | None = None
         self._room_tasks: list[asyncio.Task[None]] = []
-        self._is_closed = False
 
     @property
     def num_waiting(self) -> int:
@@ -157,12 +156,11 @@ class FairQueue:
             RempartError: RATE_LIMIT_EXCEEDED or UNAVAILABLE when too many wait; DEADLINE_EXCEEDED; UNAVAILABLE when
                 Redis does not answer.
         """
-        entered_s, num_cancellations = self._clock(), _num_cancellations()
+        entered_s = self._clock()
         try:
             async with asyncio.timeout(request.timeout_s):
                 granted = await self.enqueue(request)
                 try:
-                    _raise_lost_cancellation(num_cancellations)
                     return await granted
                 except BaseException:
                     self._abandon(request)
@@ -245,7 +243,6 @@ class FairQueue:
 
     async def close(self) -> None:
         """Lets endings under way reach Redis, at most `drain_s`, and ends the tasks."""
-        self._is_closed = True  # a cancellation alone may be lost: see _raise_lost_cancellation
         for task in self._room_tasks:
             task.cancel()
         if self._endings:
@@ -393,8 +390,8 @@ class FairQueue:
             self._observer.swept(room.model, int(num_swept))
 
     async def _keep_dispatching(self, room: _Room) -> None:
-        """Dispatches until closed."""
-        while not self._is_closed:
+        """Dispatches until cancelled."""
+        while True:
             try:
                 await self.dispatch(room.model)
                 self._observer.looked(room.model, await self.snapshot(room.model))
@@ -405,9 +402,9 @@ class FairQueue:
             await asyncio.sleep(self._config.poll_s)
 
     async def _keep_taking(self, room: _Room) -> None:
-        """Takes grants while something waits, until closed."""
+        """Takes grants while something waits, until cancelled."""
         block_s = min(self._config.block_s, self._redis.timeout_s / 2)
-        while not self._is_closed:
+        while True:
             await room.has_waiting.wait()
             try:
                 num_taken = await self.take_grants(room.model, block_s)
@@ -438,17 +435,6 @@ class FairQueue:
         return await self._redis.run_script(
             script, room.keys, [arg if isinstance(arg, str | int) else repr(arg) for arg in args]
         )
-
-
-def _num_cancellations() -> int:
-    task = asyncio.current_task()
-    return task.cancelling() if task is not None else 0
-
-
-def _raise_lost_cancellation(num_before: int) -> None:
-    """Python 3.11's `wait_for`, by which redis-py sends, swallows a cancellation that comes as it ends."""
-    if _num_cancellations() > num_before:
-        raise asyncio.CancelledError
 
 
 def _microseconds(seconds: float) -> int:

@@ -18,8 +18,8 @@ from rempart_platform.bounds import require_positive
 from rempart_platform.breaker import Breaker
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.tenancy.lua import Script
-from rempart_platform.tenancy.pipeline import Pipeline
-from rempart_platform.tenancy.redis_connections import is_lost_connection, open_redis
+from rempart_platform.tenancy.pipeline import ConnectionEndedError, Pipeline
+from rempart_platform.tenancy.redis_connections import cancellation_kept, is_lost_connection, open_redis
 
 T = TypeVar("T")
 ScriptReply: TypeAlias = "list[str | int | None]"
@@ -34,8 +34,9 @@ _AWAY = (
     exceptions.ClusterError,
     exceptions.SlotNotCoveredError,
 )
-# redis-py has no names for these: too few replicas are there, or the disk takes nothing more.
-_TAKES_NO_WRITES = ("NOREPLICAS ", "MISCONF ")
+_NOT_NOW = ("BUSY ", "MISCONF ", "NOREPLICAS ", "UNBLOCKED ")
+"""redis-py has no names for these: a script runs for seconds, the disk takes nothing more, too few replicas are there,
+and the master became a replica while a command waited in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class RedisConfig:
 
     url: str = field(repr=False)
     timeout_s: float = 0.25
-    """For a connection and for an answer, each."""
+    """For a connection, and for an answer once Redis has given all those before it."""
     max_connections: int = 32
     """One of them is for scripts."""
     failures_to_open: int = 3
@@ -90,6 +91,7 @@ class RedisClient:
         """For an answer; an operation that blocks must end before."""
         # A burst waits here and not in the pool: when Redis hangs, those who wait then meet the open breaker.
         self._places = asyncio.Semaphore(config.max_connections - 1)
+        self._being_taught: set[str] = set()
         self._pipeline: Pipeline | None = None
         if isinstance(redis, Redis):  # and no cluster, where each script may be another server's
             self._pipeline = Pipeline(redis.connection_pool, config.timeout_s)
@@ -104,11 +106,12 @@ class RedisClient:
         async with self._places:
             self._require_closed_breaker()
             try:
-                result = await operation(self._redis)
+                with cancellation_kept():
+                    result = await operation(self._redis)
             except Exception as error:
                 if not _says_away(error):
                     raise
-                raise self._away() from error
+                raise self._away(error) from error
             self._breaker.record_success()
             return result
 
@@ -128,17 +131,29 @@ class RedisClient:
             return await self.call(lambda redis: _run_script(redis, script, keys, args))
         self._require_closed_breaker()
         try:
-            try:
-                reply = await self._pipeline.ask(_packed("EVALSHA", script.sha1, keys, args))
-            except exceptions.NoScriptError:
-                # A new server, or one that was restarted. EVAL also teaches it the script.
-                reply = await self._pipeline.ask(_packed("EVAL", script.text, keys, args))
+            reply = await self._ask(self._pipeline, script, keys, args)
         except Exception as error:
             if not _says_away(error):
                 raise
-            raise self._away() from error
+            raise self._away(error) from error
         self._breaker.record_success()
         return reply
+
+    async def _ask(
+        self, pipeline: Pipeline, script: Script, keys: Sequence[str], args: Sequence[str | int]
+    ) -> ScriptReply:
+        while True:
+            try:
+                return await pipeline.ask(_packed("EVALSHA", script.sha1, keys, args))
+            except exceptions.NoScriptError:
+                # A new server, or one that was restarted. It is sent the text once, and runs what comes behind it.
+                if script.sha1 not in self._being_taught:
+                    break
+        self._being_taught.add(script.sha1)
+        try:
+            return await pipeline.ask(_packed("EVAL", script.text, keys, args))
+        finally:
+            self._being_taught.discard(script.sha1)
 
     async def close(self) -> None:
         """Ends the scripts that are under way."""
@@ -150,14 +165,16 @@ class RedisClient:
         if wait_s > 0:
             raise RedisAwayError(wait_s, may_have_run=False)
 
-    def _away(self) -> RedisAwayError:
-        self._breaker.record_failure()
+    def _away(self, error: Exception) -> RedisAwayError:
+        # All who used a connection when it ended would open the breaker, though the next one may be had at once.
+        if not isinstance(error, ConnectionEndedError):
+            self._breaker.record_failure()
         return RedisAwayError(self._retry_after_s, may_have_run=True)
 
 
 def _says_away(error: Exception) -> bool:
     """Whether it says "not now" of the server; any other error is a mistake of ours and must be seen as such."""
-    if isinstance(error, exceptions.ResponseError) and str(error).startswith(_TAKES_NO_WRITES):
+    if isinstance(error, exceptions.ResponseError) and str(error).startswith(_NOT_NOW):
         return True
     if isinstance(error, exceptions.RedisClusterException):
         return error.__cause__ is not None  # no node of the cluster answers; else keys of several slots

@@ -4,9 +4,10 @@ Behind Sentinels a connection that breaks asks them for the server of the moment
 and is left. A cluster's commands go to the node of their keys' slot, and follow it when it moves.
 """
 
+import asyncio
 import traceback
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, cast
 
 from redis.asyncio import ConnectionPool, Redis
@@ -63,6 +64,22 @@ def is_lost_connection(error: Exception) -> bool:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     module: str = frames[-1].f_globals.get("__name__", "") if frames else ""
     return module == "redis.asyncio.connection" or module.startswith("asyncio.")
+
+
+@contextmanager
+def cancellation_kept() -> Iterator[None]:
+    """Raises CancelledError at its end when the task was cancelled inside, whatever became of that there.
+
+    redis-py sends by `asyncio.wait_for`, and Python 3.11's swallows a cancellation that comes as it ends.
+    """
+    task = asyncio.current_task()
+    assert task is not None, "only tasks wait"
+    num_before = task.cancelling()
+    try:
+        yield
+    finally:
+        if task.cancelling() > num_before:
+            raise asyncio.CancelledError
 
 
 def _no_retry() -> Retry:
