@@ -38,7 +38,7 @@ test-triton: $(INSTALLED) ## the kernels and the engine for GPUs, in Triton's in
 compile-kernels: $(INSTALLED) ## every kernel for A100, H100 and B200: no spill and no slow path without a reason
 	@$(BIN)/python -m rempart_engine.kernels.compile $(ARGS)
 
-compile-ends: $(INSTALLED) ## the same for each kernel's smallest and largest sizes, in half the time
+compile-ends: $(INSTALLED) ## the same for each kernel's first and last sizes only, in half the time
 	@$(BIN)/python -m rempart_engine.kernels.compile --ends
 
 test-gpu: $(GPU_INSTALLED) ## the kernels and the engine on the GPU of this machine (GPU_PYTHON=another Python)

@@ -70,9 +70,10 @@ def builds_of(operation: str, target: Target) -> list[Wanted]:
 
 
 def ends_of(wanted: Sequence[Wanted]) -> list[Wanted]:
-    """The first and the last of all that differ in sizes alone: one kernel with the same types of arguments on one GPU.
+    """The first and the last of all that differ in constants alone: one kernel, the same types of arguments, one GPU.
 
-    Kernels list their builds by size, so that what lies between is like the one or the other.
+    Kernels list their builds by size, so these are the extremes. What lies between is mostly like the one or the
+    other, but may spill where they do not: before a kernel changes for good, compile everything.
     """
     alike: dict[tuple[object, ...], list[int]] = {}
     for place, one in enumerate(wanted):
@@ -133,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile all kernels for GPUs.", allow_abbrev=False)
     parser.add_argument("--arch", type=int, nargs="+", choices=capabilities, default=capabilities)
     parser.add_argument("--only", nargs="+", choices=known, default=known, metavar="NAME", help=", ".join(known))
-    parser.add_argument("--ends", action="store_true", help="of builds that differ in sizes alone, the first and last")
+    parser.add_argument("--ends", action="store_true", help="of builds that differ in constants alone, the first and last")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
     args = parser.parse_args()
