@@ -134,7 +134,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile all kernels for GPUs.", allow_abbrev=False)
     parser.add_argument("--arch", type=int, nargs="+", choices=capabilities, default=capabilities)
     parser.add_argument("--only", nargs="+", choices=known, default=known, metavar="NAME", help=", ".join(known))
-    parser.add_argument("--ends", action="store_true", help="of builds that differ in constants alone, the first and last")
+    parser.add_argument(
+        "--ends", action="store_true", help="of builds that differ in constants alone, the first and last"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
     args = parser.parse_args()
