@@ -12,7 +12,7 @@ from google.rpc import error_details_pb2  # type: ignore[import-untyped]  # the 
 from rempart_platform.apis.grpc_errors import rich_status
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Usage
-from rempart_platform.tenancy.keyspace import TenantKeys
+from rempart_platform.tenancy.keyspace import TenantKeys, plan_record
 from rempart_platform.tenancy.limits import LimitChange, TenantLimits
 from rempart_platform.tenancy.plans import PlanRegistry
 from rempart_platform.tenancy.prices import ModelPrice, PriceList, PriceRegistry
@@ -164,7 +164,7 @@ async def test_changed_plan_is_in_force_when_what_a_router_remembers_ends(redis:
     await plans.set("paid", LimitChange(TenantLimits(requests_per_minute=3)))
     clock.now += TERMS_S
     await ledger.reserve("acme", "third", 1)
-    await plans.remove("paid")
+    await redis.call(lambda redis: redis.delete(plan_record("paid")))
     clock.now += TERMS_S
     assert (await ledger.reserve("acme", "fourth", 1)).headers == {}, "a plan that is gone leaves the defaults"
 

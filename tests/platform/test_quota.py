@@ -15,10 +15,11 @@ from rempart_platform.generation import Usage
 from rempart_platform.tenancy.closing import Ending, EndingQueue
 from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redis
 from rempart_platform.tenancy.keyspace import TenantKeys
+from rempart_platform.tenancy.limits import TenantLimits
 from rempart_platform.tenancy.quota import REFUND, Ledger, QuotaConfig, open_ledger
 from rempart_platform.tenancy.redis_client import RedisClient, RedisConfig, connect_redis
 from rempart_platform.tenancy.reservation import Reservation, Snapshot
-from rempart_platform.tenancy.tenants import TenantLimits, TenantRegistry
+from rempart_platform.tenancy.tenants import TenantRegistry
 from rempart_platform.tenancy.testing import RecordingObserver, own_redis, patient
 from rempart_platform.tenancy.usage import UsageReader
 

@@ -8,11 +8,12 @@ import pytest
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Caller, ServiceTier, Standing
 from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redis
+from rempart_platform.tenancy.limits import TenantLimits
 from rempart_platform.tenancy.plans import PlanRegistry
 from rempart_platform.tenancy.redis_client import RedisAwayError, RedisClient, connect_redis
 from rempart_platform.tenancy.standing import MAX_WEIGHT, OwnStanding, StandingChange
 from rempart_platform.tenancy.standings import StandingAuthenticator, Standings
-from rempart_platform.tenancy.tenants import TenantLimits, TenantRegistry
+from rempart_platform.tenancy.tenants import TenantRegistry
 from rempart_platform.tenancy.testing import own_redis, patient
 
 

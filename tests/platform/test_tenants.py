@@ -4,8 +4,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.tenancy.limits import MAX_LIMIT, TenantLimits
 from rempart_platform.tenancy.redis_client import RedisClient
-from rempart_platform.tenancy.tenants import MAX_LIMIT, Tenant, TenantLimits, TenantRegistry
+from rempart_platform.tenancy.tenants import Tenant, TenantRegistry
 from rempart_platform.tenancy.testing import own_redis
 
 

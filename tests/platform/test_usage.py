@@ -8,9 +8,10 @@ import pytest
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Usage
 from rempart_platform.tenancy.keyspace import TenantKeys
+from rempart_platform.tenancy.limits import TenantLimits
 from rempart_platform.tenancy.quota import Ledger, QuotaConfig
 from rempart_platform.tenancy.redis_client import RedisClient
-from rempart_platform.tenancy.tenants import TenantLimits, TenantRegistry
+from rempart_platform.tenancy.tenants import TenantRegistry
 from rempart_platform.tenancy.testing import RecordingObserver, own_redis
 from rempart_platform.tenancy.usage import UsageReader, UsageRecord
 

@@ -17,11 +17,11 @@ from rempart_platform.audit.records import cut
 from rempart_platform.errors import RempartError, internal_error, invalid_request
 from rempart_platform.generation import ServiceTier
 from rempart_platform.tenancy.api_keys import ApiKey, ApiKeyStore
-from rempart_platform.tenancy.limits import LimitChange
+from rempart_platform.tenancy.limits import LimitChange, TenantLimits
 from rempart_platform.tenancy.plans import Plan, PlanRegistry
 from rempart_platform.tenancy.prices import ModelPrice, PriceList, PriceRegistry
 from rempart_platform.tenancy.standing import STANDING, OwnStanding, StandingChange
-from rempart_platform.tenancy.tenants import Tenant, TenantLimits, TenantRegistry
+from rempart_platform.tenancy.tenants import Tenant, TenantRegistry
 from rempart_platform.tenancy.usage import UsageReader
 from rempart_protos.v1 import admin_pb2, admin_pb2_grpc
 
@@ -55,8 +55,6 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
 
     async def CreateTenant(self, request: admin_pb2.CreateTenantRequest, context: Context) -> admin_pb2.Tenant:
         async with self._act(context, request, "create_tenant", tenant=request.name):
-            if request.plan:
-                await self._plans.get(request.plan)
             limits, standing = _limits(request.limits), _standing(request.standing)
             return _tenant_message(await self._tenants.create(request.name, limits, request.plan, standing))
 
@@ -83,8 +81,6 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
 
     async def SetTenantPlan(self, request: admin_pb2.SetTenantPlanRequest, context: Context) -> admin_pb2.Tenant:
         async with self._act(context, request, "set_tenant_plan", tenant=request.tenant, plan=request.plan):
-            if request.plan:
-                await self._plans.get(request.plan)
             return _tenant_message(await self._tenants.set_plan(request.tenant, request.plan))
 
     async def IssueKey(self, request: admin_pb2.IssueKeyRequest, context: Context) -> admin_pb2.IssueKeyResponse:
@@ -154,10 +150,6 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
 
     async def RemovePlan(self, request: admin_pb2.RemovePlanRequest, context: Context) -> admin_pb2.RemovePlanResponse:
         async with self._act(context, request, "remove_plan", plan=request.name):
-            await self._plans.get(request.name)
-            for tenant in await self._tenants.list():
-                if tenant.plan == request.name:
-                    raise invalid_request(f"The tenant '{tenant.name}' has this plan.", "name")
             await self._plans.remove(request.name)
             return admin_pb2.RemovePlanResponse()
 

@@ -1,17 +1,20 @@
-"""Every Redis key of the product.
+"""Every Redis key of tenants and of the audit log; `queue_keys.py` and `batch_keys.py` have the others.
 
 Keys of one tenant share the hash tag `{tenant}`, so that a script that changes several of them touches one slot of a
-cluster. Names of tenants hold no braces (see tenants.py), so the tag is the name.
+cluster. Names of tenants hold no braces (see names.py), so the tag is the name.
 
     rempart:tenants                 set     names of tenants
-    rempart:plans                   set     names of plans
-    rempart:plan:<name>             hash    created_s, limits and standing that are set (fields: limits.py, standing.py)
+    rempart:plans                   set     names of plans, some of them gone
+    rempart:plan:<name>             hash    created_s, limits and standing that are set (fields: limits.py,
+                                            standing.py), "removing" while somebody does that (plans.py)
     rempart:seeds                   hash    "plan <name>", "tenant <name>", "prices" → digest of what a file said last;
                                             "key <tenant> <name>" → key id and digest of that
     rempart:prices                  hash    "currency"; "model <model>" → its price of input, cached and output tokens
     rempart:audit:heads             hash    chain → number of its last sealed record, link of that segment
+    rempart:audit:beginnings        zset    chain → number of the first record that is not removed for its age
     rempart:key:<key id>            hash    tenant, digest, created_s, expires_s
-    rempart:{t}:tenant              hash    created_s, plan, limits and standing that are set, limits of its keys too
+    rempart:{t}:tenant              hash    created_s, plan, limits and standing that are set, limits of its keys too,
+                                            "next_plan" while it is moved (plans.py)
     rempart:{t}:keys                zset    key id → created_s
     rempart:{t}:settled             zset    reservation id → time of settling, µs
     rempart:{t}:usage               hash    "<UTC day> <counter> <model>" → count

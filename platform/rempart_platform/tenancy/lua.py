@@ -22,11 +22,11 @@ def load_script(name: str, *, shared: str = "ledger", runs_when_memory_is_full: 
     """Reads `scripts/<name>.lua`.
 
     Args:
-        shared: name of the text that is put before it.
+        shared: name of the text that is put before it; "" for none.
         runs_when_memory_is_full: for scripts that give back or settle; without them a full Redis could not recover.
     """
     folder = resources.files("rempart_platform.tenancy") / "scripts"
     flags = "#!lua flags=allow-oom\n" if runs_when_memory_is_full else "#!lua\n"
-    text = flags + (folder / f"{shared}.lua").read_text() + (folder / f"{name}.lua").read_text()
+    text = flags + "".join((folder / f"{part}.lua").read_text() for part in (shared, name) if part)
     # SHA-1 is Redis's name for a script, not a protection.
     return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())

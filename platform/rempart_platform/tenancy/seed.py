@@ -173,7 +173,7 @@ async def _apply(redis: RedisClient, seed: Seed, keys: ApiKeyStore, tell: Callab
     for name, plan in seed.plans.items():
         await once(f"plan {name}", plan.written(), partial(_apply_plan, plans, name, plan))
     for name, tenant in seed.tenants.items():
-        await once(f"tenant {name}", tenant.written(), partial(_apply_tenant, tenants, plans, name, tenant), name)
+        await once(f"tenant {name}", tenant.written(), partial(_apply_tenant, tenants, name, tenant), name)
         for key_name, key in tenant.keys.items():
             entry = f"key {name} {key_name}"
             said_before = applied.get(entry, "")
@@ -194,18 +194,15 @@ async def _apply_plan(plans: PlanRegistry, name: str, seed: PlanSeed) -> None:
     await plans.set(name, *_changes(seed.limits, stored), _standing_change(seed.standing))
 
 
-async def _apply_tenant(tenants: TenantRegistry, plans: PlanRegistry, name: str, seed: TenantSeed) -> None:
-    if seed.plan:
-        await plans.get(seed.plan)
+async def _apply_tenant(tenants: TenantRegistry, name: str, seed: TenantSeed) -> None:
     try:
         await tenants.create(name, seed.limits.own, seed.plan, seed.standing)
     except RempartError as error:
         if error.kind is not ErrorKind.ALREADY_EXISTS:
             raise
-    tenant = await tenants.get(name)
+    tenant = await tenants.set_plan(name, seed.plan)
     changes = _changes(seed.limits, LimitSet(tenant.limits, tenant.of_models))
     await tenants.change(name, *changes, _standing_change(seed.standing))
-    await tenants.set_plan(name, seed.plan)
 
 
 async def _revoke_unlisted(keys: ApiKeyStore, key_id: str, listed: Collection[str]) -> None:

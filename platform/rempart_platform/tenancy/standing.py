@@ -8,7 +8,7 @@ The fields of the hash have these names.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import ServiceTier, Standing
@@ -19,16 +19,6 @@ STANDING = ("weight", "max_tier", "cache_group")
 """Names of all that may be set."""
 TIERS = {tier.name.lower(): tier for tier in ServiceTier}
 _T = TypeVar("_T")
-
-
-class RecordChange(Protocol):
-    """What to change of a tenant's or a plan's record; all else stays."""
-
-    def written(self) -> Mapping[str, str | int]:
-        """Fields to set."""
-
-    def removed(self) -> list[str]:
-        """Fields to delete."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,16 @@ from dataclasses import dataclass, field
 
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.tenancy.keyspace import TENANTS, TenantKeys
-from rempart_platform.tenancy.limits import MAX_LIMIT, LimitChange, LimitSet, TenantLimits
-from rempart_platform.tenancy.lua import load_script
+from rempart_platform.tenancy.limits import LimitChange, LimitSet, TenantLimits
+from rempart_platform.tenancy.lua import Script, load_script
 from rempart_platform.tenancy.names import require_name
+from rempart_platform.tenancy.plans import PlanRegistry
+from rempart_platform.tenancy.records import RecordChange, change_record
 from rempart_platform.tenancy.redis_client import RedisClient
-from rempart_platform.tenancy.standing import OwnStanding, RecordChange, StandingChange
+from rempart_platform.tenancy.standing import OwnStanding, StandingChange
 
-__all__ = ["MAX_LIMIT", "Tenant", "TenantLimits", "TenantRegistry"]
-
-_CREATE = load_script("create_tenant")
+_CREATE = load_script("create_tenant", shared="")
+_MOVE = load_script("move_tenant", shared="")
 _OF = "A tenant's name"
 
 
@@ -46,30 +47,28 @@ class TenantRegistry:
     def __init__(self, redis: RedisClient, clock: Callable[[], float] = time.time) -> None:
         self._redis = redis
         self._clock = clock
+        self._plans = PlanRegistry(redis)
 
     async def create(
         self, name: str, limits: TenantLimits, plan: str = "", standing: OwnStanding | None = None
     ) -> Tenant:
-        """Makes a tenant. The caller has checked that the plan exists."""
+        """Makes a tenant. NOT_FOUND when there is no such plan."""
         require_name(name, _OF, "name")
         standing = standing or OwnStanding()
         stored: dict[str, str | int] = {**LimitChange(limits).written(), **StandingChange(standing).written()}
-        if plan:
-            stored["plan"] = plan
-        tenant = Tenant(name, limits, int(self._clock()), plan, standing=standing)
+        created_s = int(self._clock())
         # Listed first and made second: a crash in between leaves a name that `list` skips and `create` may use.
         await self._redis.call(lambda redis: redis.sadd(TENANTS, name))
-        arguments = [tenant.created_s, *(part for pair in stored.items() for part in pair)]
-        (is_new,) = await self._redis.run_script(_CREATE, TenantKeys(name).ledger, arguments)
-        if not is_new:
+        record = [part for pair in stored.items() for part in pair]
+        if await self._give_plan(_CREATE, name, plan, created_s, *record) == "exists":
             raise RempartError(ErrorKind.ALREADY_EXISTS, f"The tenant '{name}' exists already.", param="name")
-        return tenant
+        return Tenant(name, limits, created_s, plan, standing=standing)
 
     async def get(self, name: str) -> Tenant:
         require_name(name, _OF, "tenant")
         tenant = await self._load(name)
         if tenant is None:
-            raise RempartError(ErrorKind.NOT_FOUND, f"There is no tenant '{name}'.", param="tenant")
+            raise _no_such_tenant(name)
         return tenant
 
     async def list(self) -> tuple[Tenant, ...]:
@@ -85,23 +84,31 @@ class TenantRegistry:
 
     async def change(self, name: str, *changes: RecordChange) -> Tenant:
         """Changes what the changes name and keeps the rest."""
-        await self.get(name)
-        removed = [each for change in changes for each in change.removed()]
-        written = {each: value for change in changes for each, value in change.written().items()}
-        if removed:
-            await self._redis.call(lambda redis: redis.hdel(TenantKeys(name).tenant, *removed))
-        if written:
-            await self._redis.write_hash(TenantKeys(name).tenant, written)
+        require_name(name, _OF, "tenant")
+        if not await change_record(self._redis, TenantKeys(name).tenant, changes):
+            raise _no_such_tenant(name)
         return await self.get(name)
 
     async def set_plan(self, name: str, plan: str) -> Tenant:
-        """Gives a tenant another plan, or none with "". The caller has checked that the plan exists."""
+        """Gives a tenant another plan, or none with ""."""
         await self.get(name)
-        if plan:
-            await self._redis.write_hash(TenantKeys(name).tenant, {"plan": plan})
-        else:
-            await self._redis.call(lambda redis: redis.hdel(TenantKeys(name).tenant, "plan"))
+        await self._give_plan(_MOVE, name, plan)
         return await self.get(name)
+
+    async def _give_plan(self, script: Script, name: str, plan: str, *args: str | int) -> str:
+        """Runs a script that gives a tenant a plan; see `plans.py` for why it is announced. Returns what it says."""
+        key = TenantKeys(name).tenant
+        while True:
+            if plan:
+                await self._redis.write_hash(key, {"next_plan": plan})
+                try:
+                    await self._plans.require_kept(plan)
+                except RempartError:
+                    await self._redis.call(lambda redis: redis.hdel(key, "next_plan"))
+                    raise
+            (outcome,) = await self._redis.run_script(script, (key,), (plan, *args))
+            if outcome != "changed":
+                return str(outcome)
 
     async def _load(self, name: str) -> Tenant | None:
         stored = await self._redis.read_hash(TenantKeys(name).tenant)
@@ -111,3 +118,7 @@ class TenantRegistry:
         created_s, plan = int(stored["created_s"]), stored.get("plan", "")
         standing = OwnStanding.parse(stored)
         return Tenant(name, limits.own, created_s, plan, limits.of_models, limits.of_keys, standing)
+
+
+def _no_such_tenant(name: str) -> RempartError:
+    return RempartError(ErrorKind.NOT_FOUND, f"There is no tenant '{name}'.", param="tenant")

@@ -1,12 +1,16 @@
 """For tests of what stands on tenancy: a real Redis of one's own, and an observer that remembers."""
 
+import asyncio
+import contextlib
+import random
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
+from rempart_platform.errors import RempartError
 from rempart_platform.generation import Usage
 from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redis
 from rempart_platform.tenancy.redis_client import RedisAwayError, RedisClient, RedisConfig, connect_redis
@@ -46,6 +50,47 @@ def away_after(redis: RedisClient, num_calls: int) -> Iterator[None]:
 
     with patch.object(redis, "call", call_at_first), patch.object(redis, "run_script", run_at_first):
         yield
+
+
+async def take_turns(
+    redis: RedisClient, order: random.Random, *acts: Callable[[RedisClient], Awaitable[object]]
+) -> None:
+    """Runs acts on one Redis; one at a time does its next call, and chance says which. A RempartError ends an act."""
+    waiting: list[asyncio.Future[None]] = []
+    num_running = len(acts)
+
+    def give_turn() -> None:
+        if waiting and len(waiting) == num_running:
+            waiting.pop(order.randrange(len(waiting))).set_result(None)
+
+    class InTurn(RedisClient):
+        def __init__(self) -> None:
+            """Has no connections of its own."""
+
+        async def call(self, *args: Any) -> Any:
+            await self._turn()
+            return await redis.call(*args)
+
+        async def run_script(self, *args: Any) -> Any:
+            await self._turn()
+            return await redis.run_script(*args)
+
+        async def _turn(self) -> None:
+            waiting.append(asyncio.get_running_loop().create_future())
+            mine = waiting[-1]
+            give_turn()
+            await mine
+
+    async def run(act: Callable[[RedisClient], Awaitable[object]]) -> None:
+        nonlocal num_running
+        with contextlib.suppress(RempartError):
+            await act(InTurn())
+        num_running -= 1
+        give_turn()
+
+    async with asyncio.TaskGroup() as tasks:
+        for act in acts:
+            tasks.create_task(run(act))
 
 
 @dataclass(slots=True)

@@ -1,10 +1,18 @@
--- Makes a tenant with its limits, or leaves the one that exists as it is.
--- ARGV: created_s, then name and value of each limit that is set
--- Reply: 1 when it was made, 0 when it existed
-if redis.call('HSETNX', tenant_key, 'created_s', ARGV[1]) == 0 then
-  return { 0 }
+-- Makes a tenant, or leaves the one that exists as it is.
+-- ARGV: plan or '', created_s, then names and values of its record
+-- Reply: "done", "exists", or "changed" when it is not the plan that was announced last
+local tenant, plan, created_s = KEYS[1], ARGV[1], ARGV[2]
+if plan ~= '' and redis.call('HGET', tenant, 'next_plan') ~= plan then
+  return { 'changed' }
 end
-if #ARGV > 1 then
-  redis.call('HSET', tenant_key, unpack(ARGV, 2))
+redis.call('HDEL', tenant, 'next_plan')
+if redis.call('HSETNX', tenant, 'created_s', created_s) == 0 then
+  return { 'exists' }
 end
-return { 1 }
+if plan ~= '' then
+  redis.call('HSET', tenant, 'plan', plan)
+end
+for i = 3, #ARGV, 2 do
+  redis.call('HSET', tenant, ARGV[i], ARGV[i + 1])
+end
+return { 'done' }
