@@ -1,12 +1,7 @@
 """A router's configuration: parsed once, frozen, and refused at the start when anything in it is unknown or malformed.
 
 Flags: one per field, those of nested values with the field's name before theirs (`--http-max-connections`).
-Secrets come from the environment and are in no flag:
-
-    REMPART_ADMIN_KEY      bearer token of the Admin service, at least 16 characters
-    REMPART_KEY_PEPPER     pepper of the API keys' digests, at least 16 characters; all routers of one Redis share it
-    REMPART_CACHE_SECRET   key of the prefix-cache salts, at least 16 characters; all routers of one engine share it
-    REMPART_REDIS_URL      redis://, redis+sentinel:// or redis+cluster://, with its password; see tenancy/redis_url.py
+`--help` explains each by the string below its field. Secrets come from the environment (`_ENVIRONMENT`), never by flag.
 """
 
 import argparse
@@ -33,15 +28,26 @@ from rempart_platform.endpoints.pick import PickConfig
 from rempart_platform.endpoints.service_name import ServiceName, parse_services
 from rempart_platform.endpoints.session import SessionConfig
 from rempart_platform.endpoints.static import parse_address, parse_addresses
+from rempart_platform.field_texts import field_texts
 from rempart_platform.holding import HoldConfig
 from rempart_platform.oidc.values import OidcConfig
 from rempart_platform.request_limits import RequestLimits
+from rempart_platform.tenancy.money import parse_money
 from rempart_platform.tenancy.queue_values import QueueConfig
 from rempart_platform.tenancy.quota import QuotaConfig
 from rempart_platform.tenancy.redis_url import parse_redis_url
 
 _MIN_SECRET_CHARS = 16
 _PORTS = ("http_port", "grpc_port", "metrics_port")
+_USAGE = """rempart router --model NAME=PATH [--model ...]
+                      (--engines ... | --engines-dns ... | --engines-kubernetes ...) [other options]"""
+_ENVIRONMENT = """\
+environment, for what is secret; all four must be set:
+  REMPART_ADMIN_KEY     the admin key, a bearer token; at least 16 characters
+  REMPART_KEY_PEPPER    pepper of the API keys' digests, at least 16 characters; all routers of one Redis share it
+  REMPART_CACHE_SECRET  key of the prefix caches' salts, at least 16 characters; all routers of one engine share it
+  REMPART_REDIS_URL     redis://[USER:PASSWORD@]HOST:PORT[/DB], rediss:// with TLS, redis+sentinel:// or redis+cluster://
+"""
 _T = TypeVar("_T")
 
 
@@ -78,13 +84,15 @@ class RouterConfig:
     host: str = "127.0.0.1"
     """Address to listen on."""
     http_port: int = 8000
-    """0 picks a free one, as for the others."""
+    """Of OpenAI's API; 0 picks a free one."""
     grpc_port: int = 8001
+    """0 picks a free one."""
     metrics_port: int = 8002
+    """Of Prometheus' page; 0 picks a free one."""
     drain_delay_s: float = 0.0
     """After SIGTERM, for how long new requests are still taken while load balancers notice."""
     drain_timeout_s: float = 30.0
-    """And how long running streams may then take."""
+    """How long running streams may take after that."""
     default_timeout_s: float = 600.0
     """Deadline of a request that brings none."""
     max_attempts: int = 2
@@ -94,13 +102,14 @@ class RouterConfig:
     max_tenant_labels: int = 500
     """Tenants that metrics name; further ones count as "other"."""
     tenants_file: str = ""
-    """Plans, tenants and prices to begin with, TOML or JSON; see `tenancy/seed.py`."""
+    """Plans, tenants, their keys and prices to begin with, TOML or JSON; README, Limits, shows one."""
     redis_timeout_s: float = 1.0
-    """For a connection, and for an answer; of many scripts, which come in order, for the next one. A router that is busy
-    for longer takes a Redis that has answered to be away, but for scripts."""
+    """For a connection, and for an answer; of many scripts, which come in order, for the next one. A router that is
+    busy for longer takes a Redis that has answered to be away, but for scripts."""
     redis_max_connections: int = 64
     """One of them is for the scripts of quotas and queue, which it has under way together."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least that is logged."""
     limits: RequestLimits = RequestLimits()
     http: HttpLimits = HttpLimits()
     grpc: GrpcLimits = GrpcLimits()
@@ -132,10 +141,22 @@ class RouterConfig:
     def from_args(args: Sequence[str]) -> "RouterConfig":
         """Parses command-line flags; prints usage and exits with code 2 when one is unknown or malformed."""
         parser = argparse.ArgumentParser(
-            prog="rempart router", description="Serve tenants over gRPC and the OpenAI API.", allow_abbrev=False
+            prog="rempart router",
+            usage=_USAGE,
+            description="Serve tenants over gRPC and the OpenAI API.",
+            epilog=_ENVIRONMENT,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         parser.add_argument(
-            "--model", dest="models", action="append", required=True, type=_model_source, metavar="NAME=PATH"
+            "--model",
+            dest="models",
+            action="append",
+            required=True,
+            type=_model_source,
+            metavar="NAME=PATH",
+            help="a model as engines call it, and where its tokenizer is: a Hugging Face folder or a GGUF file; "
+            "once for each model",
         )
         parser.add_argument(
             "--chat-format",
@@ -164,7 +185,11 @@ class RouterConfig:
         )
         engines = parser.add_mutually_exclusive_group(required=True)
         engines.add_argument(
-            "--engines", default=argparse.SUPPRESS, type=_listed(parse_addresses), metavar="HOST:PORT,..."
+            "--engines",
+            default=argparse.SUPPRESS,
+            type=_listed(parse_addresses),
+            metavar="HOST:PORT,...",
+            help="a fixed list",
         )
         engines.add_argument(
             "--engines-dns",
@@ -189,7 +214,8 @@ class RouterConfig:
             metavar="NAME=MODEL:WEIGHT,...",
             help="another name for a model, or for several by weight; limits and prices are of models alone",
         )
-        for flag in _flags(RouterConfig):
+        explains = not {"-h", "--help"}.isdisjoint(args)  # reading sources takes a start's time
+        for flag in _flags(RouterConfig, field_texts if explains else _no_texts):
             flag.add_to(parser)
         given = vars(parser.parse_args(args))
         try:
@@ -249,28 +275,38 @@ class _Flag:
     name: str
     kind: Any
     default: object
+    text: str
+    """What it is for."""
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
-        flag, text = "--" + self.name.replace("_", "-"), f"default: {self.default}"
+        flag = "--" + self.name.replace("_", "-")
+        default = "none" if self.default in (None, "") else self.default
+        text = f"{self.text} (default: {default})".replace("%", "%%").strip()
         if get_origin(self.kind) is Literal:
             parser.add_argument(flag, choices=get_args(self.kind), default=argparse.SUPPRESS, help=text)
+        elif "money_per_" in self.name:
+            parser.add_argument(flag, type=_listed(parse_money), default=argparse.SUPPRESS, help=text, metavar="AMOUNT")
         else:
             parser.add_argument(
                 flag, type=_parser(self.kind), default=argparse.SUPPRESS, help=text, metavar=self.kind.__name__
             )
 
 
-def _flags(of: type, prefix: str = "") -> Iterator[_Flag]:
+def _no_texts(_: type) -> dict[str, str]:
+    return {}
+
+
+def _flags(of: type, texts_of: Callable[[type], Mapping[str, str]], prefix: str = "") -> Iterator[_Flag]:
     """A flag for every field that has a default; nested values give their fields' flags."""
-    hints = get_type_hints(of)
+    hints, texts = get_type_hints(of), texts_of(of)
     for spec in fields(of):
         default = _default(spec)
         if default is MISSING or get_origin(_without_none(hints[spec.name])) is tuple:
             continue  # what lists things is parsed by itself
         if is_dataclass(hints[spec.name]):
-            yield from _flags(hints[spec.name], f"{prefix}{spec.name}_")
+            yield from _flags(hints[spec.name], texts_of, f"{prefix}{spec.name}_")
         else:
-            yield _Flag(prefix + spec.name, _without_none(hints[spec.name]), default)
+            yield _Flag(prefix + spec.name, _without_none(hints[spec.name]), default, texts.get(spec.name, ""))
 
 
 def _build(of: type[_T], given: Mapping[str, object], prefix: str = "") -> _T:

@@ -26,7 +26,9 @@ class RequestLimits:
     max_prompt_chars: int = 2_000_000
     """Characters of all messages together, checked before any of them is tokenized."""
     max_messages: int = 1024
+    """Of a conversation."""
     max_tools: int = 128
+    """That a request may offer."""
     max_tool_chars: int = 500_000
     """Characters of all tools' names, descriptions and schemas together."""
     max_schema_chars: int = 100_000
@@ -36,12 +38,19 @@ class RequestLimits:
     max_json_depth: int = 64
     """How deep such a text may nest."""
     max_n: int = 16
+    """Choices of a request."""
     max_logprobs: int = 20
+    """Alternatives that are told for each token."""
     max_stop_strings: int = 16
+    """Of a request."""
     max_stop_chars: int = 256
+    """Characters of one stop string."""
     max_stop_token_ids: int = 64
+    """Of a request."""
     max_logit_bias: int = 1024
+    """Tokens that a request may bias."""
     max_allowed_token_ids: int = 1024
+    """Of a request that allows some tokens only."""
     max_label_chars: int = 64
     """Characters of `user` and of `prompt_cache_key`."""
     default_max_tokens: int = 4096

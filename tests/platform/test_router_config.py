@@ -127,6 +127,28 @@ def test_nothing_is_below_0_even_where_0_makes_sense(make: Callable[..., object]
         make(**{name: -1.0})
 
 
+def test_help_explains_every_flag_and_names_the_environment(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        RouterConfig.from_args(["--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    texts = dict(re.findall(r"^  (--\S+)(.*(?:\n {24}.*)*)", shown, re.MULTILINE))
+    assert set(_numeric_flags()) <= set(texts)
+    assert [flag for flag, text in texts.items() if re.fullmatch(r" \S+\s+\(default: .*\)", text)] == []
+    assert all(name in shown for name in ENVIRON)
+
+
+def test_a_refusal_is_no_wall_of_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        RouterConfig.from_args((*ARGS, "--http-port", "x"))
+    assert len(capsys.readouterr().err.splitlines()) < 6
+
+
+def test_money_is_written_as_everywhere() -> None:
+    config = RouterConfig.from_args((*ARGS, "--quota-default-limits-money-per-month", "2.50"))
+    assert config.quota.default_limits.money_per_month == 2_500_000_000
+
+
 @pytest.mark.parametrize("name", ENVIRON)
 def test_a_missing_or_weak_secret_is_refused_by_name(name: str) -> None:
     with pytest.raises(ConfigError, match=name):

@@ -10,10 +10,13 @@ class GrpcLimits:
     """Limits of one gRPC server."""
 
     max_message_bytes: int = 4 * 1024 * 1024
+    """Of one message that a client sends."""
     max_metadata_bytes: int = 64 * 1024
+    """Of the metadata of a call."""
     max_streams: int = 100
     """Calls at a time on one connection."""
     handshake_timeout_s: float = 10.0
+    """From the accept to the end of the handshake."""
     idle_timeout_s: float = 300.0
     """A connection without calls is closed."""
     keepalive_s: float = 30.0

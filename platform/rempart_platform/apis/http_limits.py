@@ -28,14 +28,19 @@ class HttpLimits:
     """Limits of one HTTP server."""
 
     max_connections: int = 4096
+    """At a time; further ones are refused."""
     max_head_bytes: int = 64 * 1024
+    """Of the request line and the headers."""
     head_timeout_s: float = 10.0
     """From the first byte of a request, or from the accept, to the end of its headers."""
     idle_timeout_s: int = 30
     """Between two requests of a connection."""
     max_body_bytes: int = 4 * 1024 * 1024
+    """Of a request that uploads no file."""
     body_timeout_s: float = 30.0
+    """For how long a body is waited for in all."""
     min_body_bytes_per_s: int = 1024
+    """The least rate of a body; 0 is none."""
     body_grace_s: float = 5.0
     """How far a body may lag behind the least rate."""
     upload_timeout_s: float = 3600.0
@@ -49,7 +54,9 @@ class HttpLimits:
     discard_timeout_s: float = 2.0
     """How long an early answer waits for the rest of the body, which a client may be too busy sending to read it."""
     max_json_nodes: int = 200_000
+    """Values in the body."""
     max_json_depth: int = 64
+    """How deep the body may nest."""
     write_timeout_s: float = 30.0
     """How long a client may leave a full send buffer untouched."""
     send_buffer_bytes: int = 64 * 1024

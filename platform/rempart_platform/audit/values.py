@@ -44,6 +44,7 @@ class AuditConfig:
     backoff_s: float = 0.1
     """The first wait after a failure; doubled each time, up to `max_backoff_s`."""
     max_backoff_s: float = 5.0
+    """The longest wait between two attempts."""
     retention_days: int = 0
     """For how many days records are kept at least; older segments are removed. 0 keeps them for ever."""
     prune_s: float = 3600.0

@@ -106,12 +106,17 @@ class BatchLimits:
     """What tenants may ask of batch jobs."""
 
     max_file_bytes: int = 200 * 1024 * 1024
+    """Of one file."""
     max_lines: int = 50_000
+    """Of one batch."""
     max_line_bytes: int = 1024 * 1024
+    """Of one line of a batch."""
     max_files_per_tenant: int = 1000
+    """That are kept at a time."""
     max_transfers_per_tenant: int = 16
     """Uploads and downloads under way at a time, of one router: each holds up to some 10 MiB of its memory."""
     max_open_batches_per_tenant: int = 50
+    """That have not ended."""
     max_batches_per_tenant: int = 2000
     """That are remembered. The oldest that has ended makes room, once the results of its shards are gone."""
     file_lifetime_s: int = 30 * 24 * 3600
@@ -119,7 +124,9 @@ class BatchLimits:
     max_file_lifetime_s: int = 30 * 24 * 3600
     """That files may name."""
     max_completion_window_s: int = 7 * 24 * 3600
+    """That a batch may name."""
     max_custom_id_chars: int = 512
+    """Characters of the name of a line."""
     max_input_errors: int = 100
     """That a refused batch names; checking ends there."""
 

@@ -32,7 +32,9 @@ class KubernetesConfig:
     request_timeout_s: float = 5.0
     """For a list, and for a watch to begin."""
     backoff_initial_s: float = 0.1
+    """The first wait after a failure; doubled each time, up to `backoff_max_s`."""
     backoff_max_s: float = 4.0
+    """The longest wait between two attempts."""
 
     def __post_init__(self) -> None:
         require_positive(self, or_zero=("silence_s",))

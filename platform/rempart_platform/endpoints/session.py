@@ -40,9 +40,13 @@ class SessionConfig:
     """Most streams of an engine that take their tokens in one pass of the event loop. Where more have some, more of the
     engine's steps are read between, and streams take more tokens at a time."""
     connect_timeout_s: float = 5.0
+    """For each question that is asked before a session begins."""
     backoff_initial_s: float = 0.1
+    """The first wait after a failure; doubled each time, up to `backoff_max_s`."""
     backoff_max_s: float = 5.0
+    """The longest wait between two attempts."""
     keepalive_interval_s: float = 5.5
+    """A connection that brings nothing is pinged this often."""
     keepalive_timeout_s: float = 4.0
     """A connection that brings nothing and answers no ping is given up after interval + timeout. Engines take offence
     at pings more often than every 5 s."""

@@ -25,9 +25,11 @@ class OidcConfig:
     tenant_claim: str = "tenant"
     """The claim that names the tenant; `a.b` is b inside a, as for roles."""
     roles_claim: str = "roles"
+    """The claim that lists the caller's roles."""
     admin_role: str = ""
     """Who has it may call the Admin service; "" lets the admin key alone do that."""
     algorithms: str = "RS256,ES256,EdDSA"
+    """Of signatures that are accepted, with commas between."""
     leeway_s: float = 30.0
     """How far the issuer's clock may be from ours."""
     refresh_s: float = 600.0
@@ -37,9 +39,13 @@ class OidcConfig:
     max_key_age_s: float = 3600.0
     """For how long the keys of an issuer that is away are good."""
     fetch_timeout_s: float = 5.0
+    """For a document of the issuer."""
     max_document_bytes: int = 256 * 1024
+    """Of a document of the issuer."""
     max_keys: int = 64
+    """Keys of the issuer that are kept."""
     max_token_bytes: int = 8192
+    """Of a token."""
     memory_s: float = 5.0
     """How long it is remembered that a token is valid, never beyond its end, and that a tenant exists."""
 

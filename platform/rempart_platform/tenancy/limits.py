@@ -28,15 +28,21 @@ class TenantLimits:
     """What may be used. None: inherited; 0: unlimited. Money is in billionths of the operator's currency."""
 
     requests_per_minute: int | None = None
+    """In any 60 seconds."""
     tokens_per_minute: int | None = None
+    """In any 60 seconds, of prompts and outputs together."""
     concurrency: int | None = None
+    """Requests in flight."""
     concurrent_tokens: int | None = None
     """Tokens in flight, each request at its worst case."""
     tokens_per_day: int | None = None
     """Days and months are UTC's."""
     tokens_per_month: int | None = None
+    """Of UTC's calendar."""
     money_per_day: int | None = None
+    """In the operator's currency."""
     money_per_month: int | None = None
+    """In the operator's currency."""
 
     def only_set(self) -> dict[str, int]:
         values = {limit: getattr(self, limit) for limit in LIMITS}

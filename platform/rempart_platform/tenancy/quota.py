@@ -52,6 +52,7 @@ class QuotaConfig:
     default_limits: TenantLimits = field(default_factory=TenantLimits)
     """For what a tenant's own limits and its plan's leave unset; None is unlimited."""
     window_s: float = 60.0
+    """The minute of requests and tokens per minute."""
     lease_s: float = 10.0
     """How long a crashed router's requests stay in flight. Renewed every third of it."""
     concurrency_retry_s: float = 1.0
@@ -63,6 +64,7 @@ class QuotaConfig:
     ending_max_age_s: float = 600.0
     """For how long an ending is brought again while Redis is away; less than `ending_memory_s`."""
     max_waiting_endings: int = 10_000
+    """That wait for Redis; beyond so many the oldest is given up and counted."""
     recount_s: float = 0.1
     """How often a grant counts its tenant's window anew, to prove that nothing is granted beyond a limit."""
     max_recounted: int = 1000
