@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from rempart_platform.batch.config import BatchConfig
-from rempart_platform.batch.storage import MissingObjectError, file_path
+from rempart_platform.batch.storage import BatchStorage, MissingObjectError, file_path
 from rempart_platform.batch.testing import CALLER, ENDPOINT, BatchRig, as_input, in_pieces, request_line
 from rempart_platform.batch.values import MAX_PIECE_BYTES, BatchLimits
 from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.object_store import open_object_store
 from rempart_platform.tenancy.batch_keys import UPLOADS
 from rempart_platform.tenancy.redis_client import RedisClient
 from rempart_platform.tenancy.testing import own_redis
@@ -94,6 +95,27 @@ async def test_an_upload_whose_client_goes_away_leaves_nothing(rig: BatchRig) ->
     async with asyncio.timeout(30):
         while objects(rig):  # noqa: ASYNC110 - a thread of the store removes what it has of it, and tells nobody
             await asyncio.sleep(0.01)
+
+
+async def test_an_upload_that_the_storage_took_and_did_not_say_so_leaves_nothing(rig: BatchRig) -> None:
+    class LosesAnswers(BatchStorage):
+        async def put_stream(self, path: str, pieces: AsyncIterator[bytes]) -> None:
+            await super().put_stream(path, pieces)
+            raise RempartError(ErrorKind.UNAVAILABLE, "no answer")
+
+    rig.use(LosesAnswers(open_object_store(f"file://{rig.folder}/objects")))
+    with pytest.raises(RempartError, match="no answer"):
+        await rig.upload(b"x")
+    assert (objects(rig), await num_noted(rig)) == ([], 0)
+
+
+async def test_an_upload_with_a_bad_lifetime_leaves_nothing(rig: BatchRig) -> None:
+    def refuse() -> int:
+        raise RempartError(ErrorKind.INVALID_REQUEST, "no such time")
+
+    with pytest.raises(RempartError, match="no such time"):
+        await rig.files.create("acme", "x", "batch", in_pieces(b"x"), lifetime_s=refuse)
+    assert (objects(rig), await num_noted(rig)) == ([], 0)
 
 
 async def test_a_tenant_may_have_as_many_files_and_no_more(rig: BatchRig) -> None:

@@ -69,10 +69,14 @@ class StoredFiles:
                 raise self._too_many(tenant)
             created_s = int(self._clock())
             file_id = f"file-{secrets.token_hex(16)}"
-            num_bytes = await self._store(tenant, file_id, self._limited(content))
-            asked_s = lifetime_s()
-            kept_s = self._limits.file_lifetime_s if asked_s is None else asked_s
-            expires_s = created_s + kept_s if kept_s else 0
+            try:
+                num_bytes = await self._store(tenant, file_id, self._limited(content))
+                expires_s = self._limits.expiry_s(created_s, lifetime_s())
+            except BaseException:
+                # Whatever the storage has taken of it by now: it is in no list.
+                with contextlib.suppress(RempartError):  # the janitor removes it else
+                    await self.remove_content(tenant, file_id)
+                raise
             return await self._add(
                 StoredFile(file_id, tenant, filename, purpose, num_bytes, created_s, expires_s), most
             )
@@ -101,17 +105,12 @@ class StoredFiles:
                 del self._transfers[tenant]
 
     async def _store(self, tenant: str, file_id: str, content: AsyncIterator[bytes]) -> int:
-        """Stores a content, noted as under way. Returns its bytes."""
+        """Stores a content, noted as under way until it is listed. Returns its bytes."""
         counted = _Counted(content)
         name = f"{tenant} {file_id}"
         given_up_s = int(self._clock() + self._config.upload_timeout_s)
         await self._redis.call(lambda redis: redis.zadd(UPLOADS, {name: given_up_s}))
-        try:
-            await self._storage.put_stream(file_path(tenant, file_id), counted.pieces())
-        except BaseException:
-            with contextlib.suppress(RempartError):  # the janitor forgets it else
-                await self._redis.call(lambda redis: redis.zrem(UPLOADS, name))
-            raise
+        await self._storage.put_stream(file_path(tenant, file_id), counted.pieces())
         return counted.num_bytes
 
     async def _add(self, file: StoredFile, most: int) -> StoredFile:

@@ -3,19 +3,18 @@
 import hashlib
 from collections.abc import AsyncIterator, Callable
 
-from rempart_platform.batch.config import BatchConfig
 from rempart_platform.batch.files import StoredFiles
 from rempart_platform.batch.jobs import Job
 from rempart_platform.batch.result_lines import split_results
 from rempart_platform.batch.storage import BatchStorage, shard_path
-from rempart_platform.batch.values import StoredFile
+from rempart_platform.batch.values import BatchLimits, StoredFile
 from rempart_platform.batch.work_queue import Claim, WorkQueue
 
 _PURPOSE = "batch_output"
 
 
 async def finalize(
-    claim: Claim, job: Job, queue: WorkQueue, storage: BatchStorage, files: StoredFiles, config: BatchConfig
+    claim: Claim, job: Job, queue: WorkQueue, storage: BatchStorage, files: StoredFiles, limits: BatchLimits
 ) -> bool:
     """Writes the files that are not empty, and ends the job. False when another worker has the task.
 
@@ -25,19 +24,17 @@ async def finalize(
     counts = job.batch.counts
     output_file_id = error_file_id = ""
     if counts.completed:
-        output_file_id = await _write(job, "output", storage, files, config, lambda is_success: is_success)
+        output_file_id = await _write(job, "output", storage, files, limits, lambda is_success: is_success)
     if counts.failed:
-        error_file_id = await _write(job, "error", storage, files, config, lambda is_success: not is_success)
+        error_file_id = await _write(job, "error", storage, files, limits, lambda is_success: not is_success)
     return await queue.finish(claim, output_file_id, error_file_id)
 
 
 async def _write(
-    job: Job, kind: str, storage: BatchStorage, files: StoredFiles, config: BatchConfig, holds: Callable[[bool], bool]
+    job: Job, kind: str, storage: BatchStorage, files: StoredFiles, limits: BatchLimits, holds: Callable[[bool], bool]
 ) -> str:
     batch = job.batch
     created_s = batch.finalizing_s or batch.created_s
-    asked_s = batch.output_lifetime_s
-    lifetime_s = config.limits.file_lifetime_s if asked_s is None else asked_s
     file = StoredFile(
         file_id=f"file-{hashlib.sha256(f'{batch.batch_id} {kind}'.encode()).hexdigest()[:32]}",
         tenant=batch.caller.tenant,
@@ -45,7 +42,7 @@ async def _write(
         purpose=_PURPOSE,
         num_bytes=0,
         created_s=created_s,
-        expires_s=created_s + lifetime_s if lifetime_s else 0,
+        expires_s=limits.expiry_s(created_s, batch.output_lifetime_s),
     )
     await files.put(file, _lines(job, storage, holds))
     return file.file_id

@@ -133,6 +133,11 @@ class BatchLimits:
     def __post_init__(self) -> None:
         require_positive(self, or_zero=("file_lifetime_s",))
 
+    def expiry_s(self, created_s: int, asked_s: int | None) -> int:
+        """When a file expires, 0 for never, of which this lifetime was asked for: 0 is for ever, None says nothing."""
+        lifetime_s = self.file_lifetime_s if asked_s is None else asked_s
+        return created_s + lifetime_s if lifetime_s else 0
+
 
 def file_too_large(limits: BatchLimits) -> RempartError:
     message = f"The file is too large; at most {limits.max_file_bytes} bytes are allowed (limit max_file_bytes)."

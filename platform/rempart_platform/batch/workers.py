@@ -201,7 +201,7 @@ class BatchWorker:
                 return await self._validate(claim, job)
             if claim.task == FINALIZE:
                 room.opened(0)
-                return await finalize(claim, job, self._queue, self._storage, self._files, self._config)
+                return await finalize(claim, job, self._queue, self._storage, self._files, self._config.limits)
             return await self._shards.run(claim, job, room)
         except MissingObjectError:
             return await self._queue.fail(claim, [_ANSWERS_GONE if claim.task == FINALIZE else _INPUT_GONE])
