@@ -432,9 +432,7 @@ class FairQueue:
         return seen.rows, seen.tokens, seen.reserved_rows, seen.reserved_tokens, lasts_us
 
     async def _run(self, room: _Room, script: Script, *args: str | int | float) -> ScriptReply:
-        return await self._redis.run_script(
-            script, room.keys, [arg if isinstance(arg, str | int) else repr(arg) for arg in args]
-        )
+        return await self._redis.run_script(script, room.keys, args)
 
 
 def _microseconds(seconds: float) -> int:

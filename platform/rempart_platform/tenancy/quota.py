@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Protocol
 
 from rempart_platform.bounds import require, require_positive
@@ -285,7 +286,13 @@ class Ledger:
 
 def _keys(reservation: Reservation) -> tuple[str, ...]:
     """KEYS of the scripts: all accounts in which it counts."""
-    return TenantKeys(reservation.tenant).ledger_of(reservation.model, reservation.key_id)
+    return _keys_of(reservation.tenant, reservation.model, reservation.key_id)
+
+
+@lru_cache(maxsize=1024)
+def _keys_of(tenant: str, model: str, key_id: str) -> tuple[str, ...]:
+    """A request needs these two dozen names when it comes, when it ends, and at each renewal between."""
+    return TenantKeys(tenant).ledger_of(model, key_id)
 
 
 def _microseconds(seconds: float) -> int:

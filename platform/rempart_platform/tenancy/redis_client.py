@@ -4,6 +4,7 @@ A Redis that is away is an UNAVAILABLE that may be tried again, never a quota th
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -21,6 +22,8 @@ from rempart_platform.tenancy.lua import Script
 from rempart_platform.tenancy.pipeline import ConnectionEndedError, Pipeline
 from rempart_platform.tenancy.redis_connections import cancellation_kept, is_lost_connection, open_redis
 
+_logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 ScriptReply: TypeAlias = "list[str | int | None]"
 
@@ -34,6 +37,7 @@ _AWAY = (
     exceptions.ClusterError,
     exceptions.SlotNotCoveredError,
 )
+_MAX_REASON_CHARS = 500
 _NOT_NOW = ("BUSY ", "MISCONF ", "NOREPLICAS ", "UNBLOCKED ")
 """redis-py has no names for these: a script runs for seconds, the disk takes nothing more, too few replicas are there,
 and the master became a replica while a command waited in it."""
@@ -112,7 +116,7 @@ class RedisClient:
                 if not _says_away(error):
                     raise
                 raise self._away(error) from error
-            self._breaker.record_success()
+            self._note_answer()
             return result
 
     async def read_hash(self, key: str) -> dict[str, str]:
@@ -125,7 +129,7 @@ class RedisClient:
         pairs = [part for pair in values.items() for part in pair]
         await self.call(lambda redis: redis.hset(key, items=pairs))
 
-    async def run_script(self, script: Script, keys: Sequence[str], args: Sequence[str | int]) -> ScriptReply:
+    async def run_script(self, script: Script, keys: Sequence[str], args: Sequence[str | int | float]) -> ScriptReply:
         """Runs a script that answers with a list."""
         if self._pipeline is None:
             return await self.call(lambda redis: _run_script(redis, script, keys, args))
@@ -136,11 +140,11 @@ class RedisClient:
             if not _says_away(error):
                 raise
             raise self._away(error) from error
-        self._breaker.record_success()
+        self._note_answer()
         return reply
 
     async def _ask(
-        self, pipeline: Pipeline, script: Script, keys: Sequence[str], args: Sequence[str | int]
+        self, pipeline: Pipeline, script: Script, keys: Sequence[str], args: Sequence[str | int | float]
     ) -> ScriptReply:
         while True:
             try:
@@ -166,10 +170,19 @@ class RedisClient:
             raise RedisAwayError(wait_s, may_have_run=False)
 
     def _away(self, error: Exception) -> RedisAwayError:
+        was_available = self.is_available
         # All who used a connection when it ended would open the breaker, though the next one may be had at once.
         if not isinstance(error, ConnectionEndedError):
             self._breaker.record_failure()
+        if was_available and not self.is_available:
+            reason = f"{type(error).__name__}: {error}"[:_MAX_REASON_CHARS]
+            _logger.warning("Redis does not answer; no request is admitted until it does", extra={"reason": reason})
         return RedisAwayError(self._retry_after_s, may_have_run=True)
+
+    def _note_answer(self) -> None:
+        if not self.is_available:
+            _logger.info("Redis answers again")
+        self._breaker.record_success()
 
 
 def _says_away(error: Exception) -> bool:
@@ -181,12 +194,14 @@ def _says_away(error: Exception) -> bool:
     return isinstance(error, _AWAY) or (isinstance(error, AttributeError | TypeError) and is_lost_connection(error))
 
 
-def _packed(command: str, script: str, keys: Sequence[str], args: Sequence[str | int]) -> bytes:
+def _packed(command: str, script: str, keys: Sequence[str], args: Sequence[str | int | float]) -> bytes:
     packed: bytes = hiredis.pack_command((command, script, len(keys), *keys, *args))  # type: ignore[arg-type]
     return packed
 
 
-async def _run_script(redis: Redis, script: Script, keys: Sequence[str], args: Sequence[str | int]) -> ScriptReply:
+async def _run_script(
+    redis: Redis, script: Script, keys: Sequence[str], args: Sequence[str | int | float]
+) -> ScriptReply:
     try:
         reply = await redis.evalsha(script.sha1, len(keys), *keys, *args)
     except exceptions.NoScriptError:
