@@ -113,13 +113,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        if self._is_idle and self._head_timer is None:
-            self._start_head()
-        if self._head_timer is not None:
-            self._head_bytes += len(data)
         super().data_received(data)
+        if not self._is_idle or self.transport.is_closing():
+            return  # a head mostly comes whole, and needs no timer then
+        if self._head_timer is None:
+            self._start_head()
         # A read that brings the end of a head and much of a body is at most one read buffer long.
-        if self._head_timer is not None and self._head_bytes > self._limits.max_head_bytes:
+        self._head_bytes += len(data)
+        if self._head_bytes > self._limits.max_head_bytes:
             self._refuse(RempartError(ErrorKind.REQUEST_TOO_LARGE, "The request's headers are too large."))
 
     def on_message_begin(self) -> None:

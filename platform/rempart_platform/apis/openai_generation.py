@@ -124,9 +124,14 @@ class _Exchange:
         await response(self.scope, self.receive, self.send)
 
 
-async def with_preface(prepared: Prepared, events: AsyncIterator[GenerationEvent]) -> AsyncIterator[GenerationEvent]:
+def with_preface(prepared: Prepared, events: AsyncIterator[GenerationEvent]) -> AsyncIterator[GenerationEvent]:
     """The preface comes with the first event: until then, the request may still fail with a status of its own."""
-    preface = prepared.preface
+    return _begun_by(prepared.preface, events) if prepared.preface else events
+
+
+async def _begun_by(
+    preface: tuple[Delta, ...], events: AsyncIterator[GenerationEvent]
+) -> AsyncIterator[GenerationEvent]:
     async for event in events:
         for delta in preface:
             yield delta
