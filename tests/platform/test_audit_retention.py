@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.buckets import Bucket
 
-from rempart_platform.audit.beginning import WHOLE, Beginning, decode_beginning, encode_beginning
+from rempart_platform.audit.beginning import WHOLE, BadBeginningError, Beginning, decode_beginning, encode_beginning
 from rempart_platform.audit.buffer import AuditBuffer
 from rempart_platform.audit.chain import ChainWriter, Segment
 from rempart_platform.audit.check import BadChainError, Head
@@ -250,6 +250,32 @@ def test_a_beginning_is_of_one_chain_and_of_its_head() -> None:
         read_chain({}, head=written.head, beginning=replace(WHOLE, first=4, public_key=SIGNER.public_key))
 
 
+_TOLD = {"chain": CHAIN, "day": "", "ended": False, "first": 1, "previous": "", "public_key": "", "segment": 1}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"[]",
+        b'"\xff"',
+        b"[" * 100_000,
+        json.dumps(_TOLD | {"first": -1}).encode(),
+        json.dumps(_TOLD | {"segment": 1e99}).encode(),
+        json.dumps(_TOLD | {"ended": "no"}).encode(),
+        json.dumps(_TOLD | {"previous": "no hash"}).encode(),
+        json.dumps(_TOLD | {"other": 1}).encode(),
+        json.dumps(_TOLD | {"day": None}).encode(),
+    ],
+)
+def test_what_is_no_beginning_is_refused(line: bytes) -> None:
+    seal = b'{"signature":""}\n'
+    with pytest.raises(BadBeginningError, match="cannot be read"):
+        decode_beginning(CHAIN, line + b"\n" + seal)
+    with pytest.raises(BadBeginningError, match="cannot be read"):
+        decode_beginning(CHAIN, encode_beginning(CHAIN, WHOLE, None).partition(b"\n")[0] + b"\n" + line + b"\n")
+
+
 async def test_the_ended_chain_stays_ended(tmp_path: Path, redis: RedisClient) -> None:
     async with rig_in(f"file://{tmp_path}/audit", redis) as rig:
         segment: Segment = rig.writer.seal([Entry(rig.now_s, Kind.END, {})])
@@ -282,3 +308,27 @@ async def test_only_a_leader_forgets(rig: Rig) -> None:
         for task in running:
             task.cancel()
     assert (await kept_days(rig), len(rig.told)) == (1, 1)
+
+
+async def test_a_round_that_fails_ends_neither_the_rounds_nor_the_router(
+    rig: Rig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = AuditConfig(store="file:///x", retention_days=1, prune_s=0.001)
+    third = asyncio.Event()
+    rounds = iter([KeyError("of a mistake of ours"), OSError("of a storage that is away")])
+
+    class Fails(SegmentStore):
+        async def chains(self) -> list[str]:
+            for error in rounds:
+                raise error
+            third.set()
+            return []
+
+    store = Fails(open_object_store(f"file://{tmp_path}/audit"))
+    buffer = AuditBuffer(config, lambda: rig.now_s)
+    retention = Retention(buffer, store, rig.heads, config, SIGNER, lambda: rig.now_s)
+    running = asyncio.create_task(retention.run(lambda: True))
+    async with asyncio.timeout(30.0):
+        await third.wait()
+    running.cancel()
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]

@@ -9,7 +9,7 @@ the chain has lost its beginning to somebody who was not asked to remove it.
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Annotated, TypeAlias
 
 import msgspec
 
@@ -41,23 +41,39 @@ class Beginning:
 WHOLE = Beginning()
 
 
+_Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Line(msgspec.Struct, forbid_unknown_fields=True):
+    chain: str
+    day: str
+    ended: bool
+    first: _Number
+    previous: str
+    public_key: str
+    segment: _Number
+
+
+class _Seal(msgspec.Struct, forbid_unknown_fields=True):
+    signature: str
+
+
 class BadBeginningError(ValueError):
     """What is wrong with it."""
 
 
 def encode_beginning(chain: str, beginning: Beginning, signer: Signer | None) -> bytes:
     """As it is stored."""
-    line = encode_line(
-        {
-            "chain": chain,
-            "day": beginning.day,
-            "ended": beginning.is_ended,
-            "first": beginning.first,
-            "previous": beginning.previous.hex(),
-            "public_key": (beginning.public_key or b"").hex(),
-            "segment": beginning.segment,
-        }
+    told = _Line(
+        chain=chain,
+        day=beginning.day,
+        ended=beginning.is_ended,
+        first=beginning.first,
+        previous=beginning.previous.hex(),
+        public_key=(beginning.public_key or b"").hex(),
+        segment=beginning.segment,
     )
+    line = encode_line(msgspec.structs.asdict(told))
     signature = signer.sign(_digest(line)) if signer else b""
     return line + b"\n" + encode_line({"signature": signature.hex()}) + b"\n"
 
@@ -75,19 +91,19 @@ def decode_beginning(chain: str, data: bytes, public_key: bytes | None = None) -
     """
     try:
         line, seal, rest = data.split(b"\n")
-        told = cast(dict[str, Any], msgspec.json.decode(line))
-        signature = bytes.fromhex(msgspec.json.decode(seal)["signature"])
+        told = msgspec.json.decode(line, type=_Line)
+        signature = bytes.fromhex(msgspec.json.decode(seal, type=_Seal).signature)
         beginning = Beginning(
-            first=int(told["first"]),
-            segment=int(told["segment"]),
-            previous=bytes.fromhex(told["previous"]),
-            day=str(told["day"]),
-            public_key=bytes.fromhex(told["public_key"]),
-            is_ended=bool(told["ended"]),
+            first=told.first,
+            segment=told.segment,
+            previous=bytes.fromhex(told.previous),
+            day=told.day,
+            public_key=bytes.fromhex(told.public_key),
+            is_ended=told.ended,
         )
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         raise BadBeginningError("it cannot be read") from None
-    if rest or told["chain"] != chain:
+    if rest or told.chain != chain:
         raise BadBeginningError("it is that of another chain")
     if public_key is not None and not is_signed(public_key, signature, _digest(line)):
         raise BadBeginningError("it is not signed with the given key")

@@ -60,6 +60,9 @@ class Retention:
                 except (RempartError, *STORE_ERRORS) as error:
                     fields = {"error": repr(error)}
                     _logger.warning("old segments of the audit log could not be removed", extra={"fields": fields})
+                except Exception:
+                    # Requests of this router go on.
+                    _logger.exception("old segments of the audit log could not be removed")
             await asyncio.sleep(self._config.prune_s)
 
     async def remove_old(self) -> None:
