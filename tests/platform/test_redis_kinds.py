@@ -144,6 +144,35 @@ async def test_a_master_that_dies_under_traffic_is_replaced_by_its_replica() -> 
 
 
 @pytest.mark.slow
+async def test_a_master_that_is_demoted_under_traffic_takes_no_queue_with_it() -> None:
+    """It goes on answering; whoever waits in it for a grant is told that it is no master any more."""
+    async with (
+        watched_servers() as servers,
+        connect_redis(patient(servers.url)) as redis,
+        open_fair_queue(redis, QueueConfig(), RecordingQueueObserver(), lambda _: Capacity(1, 10**6)) as queue,
+    ):
+        asked = [
+            QueueRequest(name, name, "m", num_prompt_tokens=10, num_output_tokens=90, timeout_s=120)
+            for name in ("runs", "waits")
+        ]
+        place = await queue.acquire(asked[0])
+        waiting = asyncio.create_task(queue.acquire(asked[1]))
+        async with servers.master.client() as master, servers.sentinels[0].client() as sentinel:
+            while not (await master.info("clients"))["blocked_clients"]:
+                pass
+            await sentinel.execute_command("SENTINEL", "FAILOVER", "main")  # type: ignore[no-untyped-call]
+            while (await master.info("replication"))["role"] != "slave":
+                pass
+        queue.release(place, Usage(10, 5))
+        queue.release(await waiting, Usage(10, 5))
+        traffic = Traffic(redis, ("counter",))
+        running = asyncio.create_task(traffic.run())
+        await traffic.wait_for_success(50, 60)
+        traffic.end()
+        await running
+
+
+@pytest.mark.slow
 async def test_a_cluster_goes_on_when_one_of_its_masters_dies() -> None:
     async with cluster_servers() as servers, connect_redis(RedisConfig(servers.url)) as redis:
         keys = tuple(f"counter-{{{number}}}" for number in range(8))
