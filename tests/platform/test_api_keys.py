@@ -1,4 +1,5 @@
 import itertools
+import random
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -9,7 +10,7 @@ from rempart_platform.tenancy.api_keys import AdminAuthenticator, ApiKeyStore, A
 from rempart_platform.tenancy.limits import LimitChange, TenantLimits
 from rempart_platform.tenancy.redis_client import RedisAwayError, RedisClient
 from rempart_platform.tenancy.tenants import TenantRegistry
-from rempart_platform.tenancy.testing import away_after, own_redis
+from rempart_platform.tenancy.testing import away_after, own_redis, take_turns
 
 HASHER = KeyHasher(b"a pepper of 16 bytes or more")
 
@@ -163,6 +164,18 @@ async def test_expiry_can_be_moved_and_taken_back(store: ApiKeyStore) -> None:
     await store.revoke(issued.key_id)
     with pytest.raises(RempartError):
         await store.set_expiry(issued.key_id, 0)
+
+
+async def test_key_that_is_revoked_while_its_expiry_is_set_leaves_nothing(redis: RedisClient) -> None:
+    for order in range(20):
+        issued = await ApiKeyStore(redis, HASHER).issue("acme")
+        await take_turns(
+            redis,
+            random.Random(order),
+            lambda redis, key_id=issued.key_id: ApiKeyStore(redis, HASHER).revoke(key_id),  # type: ignore[misc]
+            lambda redis, key_id=issued.key_id: ApiKeyStore(redis, HASHER).set_expiry(key_id, 0),  # type: ignore[misc]
+        )
+        assert await redis.call(lambda redis: redis.keys("*")) == []
 
 
 async def test_flood_of_guesses_pushes_out_no_real_key_and_takes_bounded_memory(

@@ -19,6 +19,7 @@ from rempart_platform.generation import Caller
 from rempart_platform.tenancy.keyspace import TenantKeys, api_key_record
 from rempart_platform.tenancy.limits import LIMITS, LimitChange
 from rempart_platform.tenancy.memory import Memory
+from rempart_platform.tenancy.records import FieldChange, change_record
 from rempart_platform.tenancy.redis_client import RedisClient
 
 _KEY_ID = re.compile(r"[0-9a-f]{16}")
@@ -135,7 +136,7 @@ class ApiKeyStore:
         """Changes when a key ends by itself; 0 for never. Noticed as a revocation is."""
         self._check_expiry(expires_s)
         await self.get(key_id)
-        await self._redis.write_hash(api_key_record(key_id), {"expires_s": expires_s})
+        await change_record(self._redis, api_key_record(key_id), [FieldChange({"expires_s": expires_s})])
         return await self.get(key_id)
 
     async def revoke(self, key_id: str) -> ApiKey:
@@ -158,7 +159,7 @@ class ApiKeyStore:
 
     async def _load(self, key_id: str) -> ApiKey | None:
         stored = await self._redis.read_hash(api_key_record(key_id))
-        # Without a digest it is being revoked, or was while its expiry was being set.
+        # Without a digest it is being revoked.
         return _parse(key_id, stored) if "digest" in stored else None
 
     def _check_expiry(self, expires_s: int) -> None:

@@ -17,7 +17,7 @@ from rempart_platform.tenancy.keyspace import PLANS, TENANTS, TenantKeys, plan_r
 from rempart_platform.tenancy.limits import LimitSet
 from rempart_platform.tenancy.lua import load_script
 from rempart_platform.tenancy.names import is_name, require_name
-from rempart_platform.tenancy.records import RecordChange, change_record
+from rempart_platform.tenancy.records import FieldChange, RecordChange, change_record
 from rempart_platform.tenancy.redis_client import RedisClient
 from rempart_platform.tenancy.standing import OwnStanding
 
@@ -51,7 +51,8 @@ class PlanRegistry:
         require_name(name, "A plan's name", "name")
         # Listed first: a crash in between leaves a name that `list` skips.
         await self._redis.call(lambda redis: redis.sadd(PLANS, name))
-        await change_record(self._redis, plan_record(name), changes, created_s=int(self._clock()), ends=[_REMOVING])
+        kept = FieldChange(unset=(_REMOVING,))
+        await change_record(self._redis, plan_record(name), [*changes, kept], created_s=int(self._clock()))
         return await self.get(name)
 
     async def get(self, name: str) -> Plan:

@@ -1,6 +1,7 @@
-"""The records of tenants and of plans, changed all at once: nobody sees a limit between two values."""
+"""Records of tenants, plans and keys, changed all at once: nobody sees a limit between two values, or half a record."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from rempart_platform.tenancy.lua import load_script
@@ -19,24 +20,25 @@ class RecordChange(Protocol):
         """Fields to delete."""
 
 
-async def change_record(
-    redis: RedisClient,
-    key: str,
-    changes: Sequence[RecordChange],
-    *,
-    created_s: int | None = None,
-    ends: Sequence[str] = (),
-) -> bool:
-    """Changes a record. False when there is none.
+@dataclass(frozen=True, slots=True)
+class FieldChange:
+    """A change of fields by their names."""
 
-    Args:
-        redis: where it is.
-        key: of it.
-        changes: what to change.
-        created_s: makes it first where it is not there; None makes none.
-        ends: fields that go in any case.
-    """
-    removed = [*ends, *(field for change in changes for field in change.removed())]
+    values: Mapping[str, str | int] = field(default_factory=dict)
+    unset: tuple[str, ...] = ()
+
+    def written(self) -> Mapping[str, str | int]:
+        return self.values
+
+    def removed(self) -> list[str]:
+        return list(self.unset)
+
+
+async def change_record(
+    redis: RedisClient, key: str, changes: Sequence[RecordChange], *, created_s: int | None = None
+) -> bool:
+    """Changes a record. False when there is none; `created_s` makes one first."""
+    removed = [name for change in changes for name in change.removed()]
     written = [part for change in changes for pair in change.written().items() for part in pair]
     made = "" if created_s is None else created_s
     (is_there,) = await redis.run_script(_CHANGE, (key,), (made, len(removed), *removed, *written))

@@ -1,4 +1,4 @@
--- Changes the record of a tenant or of a plan, all at once.
+-- Changes a record of a tenant, a plan or a key, all at once.
 -- ARGV: created_s to make one that is not there, or ''; how many fields to delete, these, then names and values to set
 -- Reply: 1, or 0 when there is none
 local record, created_s, num_deleted = KEYS[1], ARGV[1], tonumber(ARGV[2])
