@@ -8,6 +8,9 @@ from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.request_limits import RequestLimits, require_at_most
 from rempart_protos.v1 import sampling_pb2
 
+_MOST: Final = 2**31 - 1
+"""What engines count with. Limits with names come long before it."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Range:
@@ -19,21 +22,24 @@ class _Range:
         """False for NaN, which no comparison holds for."""
         return (self.low < value if self.is_low_open else self.low <= value) and value <= self.high
 
-    def __str__(self) -> str:
-        return f"{'(' if self.is_low_open else '['}{self.low:g}, {self.high:g}]"
+    def asked_of(self, value: float) -> str:
+        """What a value that is not in it must be."""
+        if self.high == _MOST:
+            return f"at least {self.low:g}" if value < self.low else f"at most {_MOST}"
+        return f"in {'(' if self.is_low_open else '['}{self.low:g}, {self.high:g}]"
 
 
 _RANGES: Final = {
     "temperature": _Range(0, 100),
-    "top_k": _Range(0, 2**31 - 1),
+    "top_k": _Range(0, _MOST),
     "top_p": _Range(0, 1, is_low_open=True),
     "min_p": _Range(0, 1),
     "repetition_penalty": _Range(0, 10, is_low_open=True),
     "presence_penalty": _Range(-2, 2),
     "frequency_penalty": _Range(-2, 2),
-    "n": _Range(1, 2**31 - 1),
-    "max_tokens": _Range(1, 2**31 - 1),
-    "min_tokens": _Range(0, 2**31 - 1),
+    "n": _Range(1, _MOST),
+    "max_tokens": _Range(1, _MOST),
+    "min_tokens": _Range(0, _MOST),
 }
 _LOGIT_BIAS: Final = _Range(-100, 100)
 
@@ -78,6 +84,6 @@ def require_in_vocabulary(token_id: int, vocab_size: int, param: str) -> None:
 
 def _require_in_range(value: float, allowed: _Range, param: str) -> None:
     if value not in allowed:
-        shown = "not a number" if math.isnan(value) else f"{value:g}"
-        message = f"'{param}' is {shown}; it must be in {allowed}."
+        shown = "not a number" if math.isnan(value) else value if isinstance(value, int) else f"{value:g}"
+        message = f"'{param}' is {shown}; it must be {allowed.asked_of(value)}."
         raise RempartError(ErrorKind.INVALID_REQUEST, message, param=param)

@@ -152,6 +152,13 @@ async def test_a_number_out_of_range_is_refused_by_name(param: str, value: objec
     assert param in refused.value.message
 
 
+async def test_a_bound_that_nobody_reaches_is_not_told() -> None:
+    with pytest.raises(RempartError, match=r"^'n' is 0; it must be at least 1\.$"):
+        await complete(n=0)
+    with pytest.raises(RempartError, match=r"^'top_p' is 0; it must be in \(0, 1\]\.$"):
+        await complete(top_p=0.0)
+
+
 @pytest.mark.parametrize(
     "sampling",
     [
