@@ -478,6 +478,8 @@ async def test_every_route_but_health_needs_a_key() -> None:
                 response = await client.request(method, path, headers=headers)
                 expected = 200 if path in PUBLIC_PATHS else 401
                 assert (method, path, response.status_code) == (method, path, expected)
+        response = await client.get("/v1/models")
+        assert response.json()["error"]["message"] == "No key was given; send it as 'Authorization: Bearer KEY'."
 
 
 async def test_unknown_paths_and_methods_are_answered_in_the_same_shape() -> None:

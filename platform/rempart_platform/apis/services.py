@@ -8,6 +8,7 @@ from typing import Protocol
 
 from rempart_platform.apis.http_limits import HttpLimits
 from rempart_platform.batch.values import Batches, BatchLimits, Files
+from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Caller, GenerationEvent, GenerationRequest
 from rempart_platform.models import ModelCatalog
 from rempart_platform.request_limits import RequestLimits
@@ -68,6 +69,8 @@ class ApiServices:
 
 
 def bearer_token(authorization: str | None) -> str:
-    """The key of an authorization header; "" when there is none, which no key equals."""
+    """The key of an authorization header. Raises RempartError INVALID_API_KEY when there is none."""
     scheme, _, token = (authorization or "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else ""
+    if scheme.lower() != "bearer" or not token.strip():
+        raise RempartError(ErrorKind.INVALID_API_KEY, "No key was given; send it as 'Authorization: Bearer KEY'.")
+    return token.strip()
