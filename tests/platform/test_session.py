@@ -1,4 +1,5 @@
 import asyncio
+import logging
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -189,3 +190,46 @@ def test_backoff_grows_to_its_bound_and_is_spread() -> None:
     for attempt, full in [(0, 0.1), (1, 0.2), (5, 3.2), (6, 5.0), (10**6, 5.0)]:
         waits = [backoff_s(attempt, config, rng) for _ in range(100)]
         assert full / 2 <= min(waits) < max(waits) <= full
+
+
+class Attempts(random.Random):
+    """Jitters, and says how often a session was tried again."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self._num_left = 0
+        self._done = asyncio.Event()
+
+    def uniform(self, a: float, b: float) -> float:
+        self._num_left -= 1
+        if self._num_left == 0:
+            self._done.set()
+        return super().uniform(a, b)
+
+    async def wait_for(self, number: int) -> None:
+        self._num_left = number
+        self._done.clear()
+        async with asyncio.timeout(30):
+            await self._done.wait()
+
+
+async def test_an_engine_that_stays_away_is_logged_once_and_its_coming_too(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "rempart_platform.endpoints.session")
+    attempts, changes = Attempts(), Changes()
+    async with FakeEngine() as engine:
+        await engine.stop()
+        task = asyncio.create_task(EngineSession(engine.address, FAST, attempts, changes).run())
+        try:
+            await attempts.wait_for(5)
+            assert [record.getMessage() for record in caplog.records] == ["engine is not ready"]
+            await engine.start(engine.address)
+            await changes.wait_for(lambda state: state.is_ready)
+            assert caplog.records[-1].getMessage() == "engine is ready"
+            await engine.stop()
+            await changes.wait_for(lambda state: not state.is_ready)
+            await attempts.wait_for(1)
+            assert caplog.records[-1].getMessage() == "engine is not ready"
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task

@@ -91,6 +91,7 @@ class EngineSession:
         self._turns = Turns(config.streams_per_pass)
         self._connection: EngineConnection | None = None
         self._num_attempts = 0
+        self._told_reason = ""
         self.state = EndpointState(address)
         """Made anew with each change, and not when it is asked for: each request asks all endpoints for theirs."""
 
@@ -117,7 +118,10 @@ class EngineSession:
         """Keeps the session up until cancelled."""
         while True:
             reason = await self._serve_once()
-            _logger.warning("engine session ended", extra={"endpoint": self.address, "reason": reason})
+            # An engine may load for an hour: what was said is said again to those alone who look for it.
+            level = logging.DEBUG if reason == self._told_reason else logging.WARNING
+            _logger.log(level, "engine is not ready", extra={"endpoint": self.address, "reason": reason})
+            self._told_reason = reason
             await asyncio.sleep(backoff_s(self._num_attempts, self._config, self._rng))
             self._num_attempts += 1
 
@@ -129,7 +133,7 @@ class EngineSession:
             except grpc.aio.AioRpcError as error:
                 return f"{error.code().name}: {error.details()}"
             if model is None:
-                return "the engine is not serving"
+                return "the engine answers, and says that it does not serve: it loads, or it ends"
             self.state = replace(self.state, model=model)
             call = engine_pb2_grpc.EngineStub(channel).Session()
             self._connection = EngineConnection(call, self._config.max_buffered_tokens, self._take_load, self._turns)
@@ -162,6 +166,9 @@ class EngineSession:
         self.state = replace(before, is_ready=True, load=load, full_rows=full_rows)
         if not before.is_ready:
             self._num_attempts = 0
+            self._told_reason = ""
+            model = before.model.name if before.model is not None else ""
+            _logger.info("engine is ready", extra={"endpoint": self.address, "model": model})
         if not before.is_ready or before.load.is_draining != load.is_draining:
             self._on_change(self.state)
 
