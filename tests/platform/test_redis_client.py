@@ -1,5 +1,6 @@
 import asyncio
 import hashlib
+import logging
 import os
 import signal
 from contextlib import suppress
@@ -110,6 +111,28 @@ async def test_hung_redis_is_unavailable_at_once_opens_the_breaker_and_comes_bac
         now[0] += 1.0
         assert await redis.read_hash("key") == {"a": "1"}
         assert redis.is_available
+
+
+async def test_why_redis_is_away_is_logged_once_and_its_return_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [0.0]
+    caplog.set_level(logging.INFO, "rempart_platform.tenancy.redis_client")
+    config = RedisConfig(f"unix://{tmp_path}/redis.sock", failures_to_open=2, open_s=1.0)
+    async with connect_redis(config, clock=lambda: now[0]) as redis:
+        for _ in range(5):
+            with pytest.raises(RedisAwayError):
+                await redis.read_hash("key")
+            now[0] += 1.0
+        (away,) = caplog.records
+        assert away.getMessage().startswith("Redis does not answer")
+        assert "ConnectionError" in vars(away)["reason"]
+
+        async with embedded_redis(EmbeddedRedisConfig()) as server:
+            (tmp_path / "redis.sock").symlink_to(server.url.removeprefix("unix://"))
+            assert await redis.read_hash("key") == {}
+            assert await redis.read_hash("key") == {}
+        assert [record.getMessage() for record in caplog.records[1:]] == ["Redis answers again"]
 
 
 def _write() -> Script:
