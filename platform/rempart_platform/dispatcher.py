@@ -179,10 +179,12 @@ class Dispatcher:
             trace.failed(error)
             raise
         finally:
-            await events.aclose()
-            self._metrics.request_left(trace, reservation.price.cost(trace.usage))
-            self._report(trace)
-            await settlement.settle()
+            try:
+                await events.aclose()
+                self._metrics.request_left(trace, reservation.price.cost(trace.usage))
+                self._report(trace)
+            finally:  # what is not settled would be renewed, and count, for ever
+                await settlement.settle()
 
     def _come_again(self, model: str) -> RempartError:
         if self._holding is not None and not self._pool.is_served(model):

@@ -216,6 +216,18 @@ async def test_deltas_that_wait_for_a_slow_client_are_handed_on_as_one() -> None
         assert len(first.token_ids) + len(second.token_ids) == 200
 
 
+async def test_a_mistake_in_our_metrics_keeps_no_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ArithmeticError("a mistake")
+
+    monkeypatch.setattr(RouterMetrics, "request_left", fail)
+    async with rig(FakeEngine()) as r:
+        with pytest.raises(ArithmeticError):
+            async with r.dispatcher.admit(request()) as generation:
+                await anext(generation.events())
+        assert r.ledger.open == {}
+
+
 async def test_a_slow_client_is_ended_alone() -> None:
     async with rig(FakeEngine(), session=SessionConfig(max_buffered_tokens=50)) as r:
         async with AsyncExitStack() as stack:
