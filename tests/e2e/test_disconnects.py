@@ -125,7 +125,7 @@ async def num_reserved(platform: PlatformUnderTest) -> int:
     observer = QuotaMetrics(RouterMetrics(CollectorRegistry()))
     config = RedisConfig(f"unix://{platform.redis_socket()}", timeout_s=5.0)
     async with connect_redis(config) as redis, open_ledger(redis, QuotaConfig(), observer) as ledger:
-        return (await ledger.snapshot(TENANT)).concurrency
+        return (await ledger.balance(TENANT)).concurrency
 
 
 async def what_is_held(platform: PlatformUnderTest) -> dict[str, float]:

@@ -201,7 +201,7 @@ async def test_budget_that_is_only_held_is_waited_for_a_moment(redis: RedisClien
 async def test_budget_of_another_day_is_over(redis: RedisClient) -> None:
     ledger = _ledger(redis)
     await _tenant(redis, tokens_per_day=100, tokens_per_month=1000)
-    budgets = next(key for key in TenantKeys("acme").ledger if key.endswith("budgets"))
+    budgets = next(key for key in TenantKeys("acme").ledger_of() if key.endswith("budgets"))
     month = datetime.now(UTC).strftime("%Y-%m")
     spent = {"day_tokens": 100, "day_money": 0, "month_tokens": 950, "month_money": 0}
     await redis.write_hash(budgets, {"day": "2026-01-01", "month": month, **spent})

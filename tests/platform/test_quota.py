@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -15,15 +16,24 @@ from rempart_platform.generation import Usage
 from rempart_platform.tenancy.closing import Ending, EndingQueue
 from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redis
 from rempart_platform.tenancy.keyspace import TenantKeys
-from rempart_platform.tenancy.limits import TenantLimits
+from rempart_platform.tenancy.limits import LimitChange, TenantLimits
 from rempart_platform.tenancy.quota import REFUND, Ledger, QuotaConfig, open_ledger
 from rempart_platform.tenancy.redis_client import RedisClient, RedisConfig, connect_redis
-from rempart_platform.tenancy.reservation import Reservation, Snapshot
+from rempart_platform.tenancy.reservation import Reservation
 from rempart_platform.tenancy.tenants import TenantRegistry
 from rempart_platform.tenancy.testing import RecordingObserver, own_redis, patient
 from rempart_platform.tenancy.usage import UsageReader
 
-NOTHING = Snapshot(requests=0, tokens=0, concurrency=0)
+
+class Counted(NamedTuple):
+    """What counts for a tenant in the window, and in flight."""
+
+    requests: int
+    tokens: int
+    concurrency: int
+
+
+NOTHING = Counted(requests=0, tokens=0, concurrency=0)
 CLOCKS_S = 0.005
 """Between Redis' clock and ours."""
 
@@ -42,6 +52,11 @@ def observer() -> RecordingObserver:
 def _brief(url: str) -> RedisConfig:
     """Short enough to wait for, long enough for a busy machine while the server runs."""
     return RedisConfig(url, timeout_s=2.0, open_s=0.2)
+
+
+async def counted(ledger: Ledger, tenant: str) -> Counted:
+    balance = await ledger.balance(tenant)
+    return Counted(balance.requests, balance.tokens, balance.concurrency)
 
 
 def _ledger(redis: RedisClient, observer: RecordingObserver, config: QuotaConfig | None = None) -> Ledger:
@@ -109,7 +124,7 @@ async def test_two_routers_admit_exactly_the_limit_of_200_parallel_requests_and_
         refusals = [result for result in results if isinstance(result, RempartError)]
         assert len(refusals) == 150
         assert observer.counts == {"reserved": 50, "refused": 150, "refused requests": 150}
-        assert await ledgers[0].snapshot("acme") == Snapshot(requests=50, tokens=500, concurrency=50)
+        assert await counted(ledgers[0], "acme") == Counted(requests=50, tokens=500, concurrency=50)
         for refusal in refusals:
             assert refusal.kind is ErrorKind.RATE_LIMIT_EXCEEDED
             assert refusal.retry_after_s is not None
@@ -161,10 +176,10 @@ async def test_refused_request_counts_nothing(redis: RedisClient, observer: Reco
     ledger = _ledger(redis, observer)
     await _tenant(redis, TenantLimits(requests_per_minute=5, tokens_per_minute=100))
     await ledger.reserve("acme", "first", 60)
-    before = await ledger.snapshot("acme")
+    before = await counted(ledger, "acme")
     for i in range(10):
         await _refusal(ledger, f"late {i}", 41)
-    assert await ledger.snapshot("acme") == before == Snapshot(requests=1, tokens=60, concurrency=1)
+    assert await counted(ledger, "acme") == before == Counted(requests=1, tokens=60, concurrency=1)
     assert await _is_admitted(ledger, "small", 40)
 
 
@@ -179,7 +194,7 @@ async def test_request_larger_than_the_limit_is_told_that_no_wait_helps(
     assert refusal.violation is not None
     assert refusal.violation.metric == "tokens"
     assert "100 tokens per minute" in refusal.message
-    assert await ledger.snapshot("acme") == NOTHING
+    assert await counted(ledger, "acme") == NOTHING
 
 
 async def test_concurrency_frees_a_place_with_each_ending(redis: RedisClient, observer: RecordingObserver) -> None:
@@ -203,17 +218,17 @@ async def test_settling_corrects_the_window_to_what_was_used(redis: RedisClient,
     await _tenant(redis, TenantLimits(tokens_per_minute=100))
     reservation = await ledger.reserve("acme", "first", 90)
     await ledger.settle(reservation, Usage(prompt_tokens=10, completion_tokens=5, cached_tokens=8), "model")
-    assert await ledger.snapshot("acme") == Snapshot(requests=1, tokens=15, concurrency=0)
+    assert await counted(ledger, "acme") == Counted(requests=1, tokens=15, concurrency=0)
     assert ledger.num_open == 0
     assert await _is_admitted(ledger, "second", 85)
 
 
 async def test_cached_tokens_count_by_their_weight(redis: RedisClient, observer: RecordingObserver) -> None:
-    for i, (weight, counted) in enumerate(((0.0, 7), (0.5, 11), (1.0, 15))):
+    for i, (weight, tokens) in enumerate(((0.0, 7), (0.5, 11), (1.0, 15))):
         ledger = _ledger(redis, observer, QuotaConfig(cached_token_weight=weight))
         reservation = await ledger.reserve(f"tenant-{i}", "request", 90)
         await ledger.settle(reservation, Usage(prompt_tokens=10, completion_tokens=5, cached_tokens=8), "model")
-        assert (await ledger.snapshot(f"tenant-{i}")).tokens == counted
+        assert (await counted(ledger, f"tenant-{i}")).tokens == tokens
 
 
 async def test_refund_leaves_no_trace(redis: RedisClient, observer: RecordingObserver) -> None:
@@ -221,7 +236,7 @@ async def test_refund_leaves_no_trace(redis: RedisClient, observer: RecordingObs
     await _tenant(redis, TenantLimits(requests_per_minute=1))
     reservation = await ledger.reserve("acme", "first", 90)
     await ledger.refund(reservation)
-    assert await ledger.snapshot("acme") == NOTHING
+    assert await counted(ledger, "acme") == NOTHING
     assert await _is_admitted(ledger, "second", 90)
     assert await UsageReader(redis, TenantRegistry(redis)).read() == ()
 
@@ -236,7 +251,7 @@ async def test_only_the_first_ending_counts(redis: RedisClient, observer: Record
         await ledger.refund(settled)
         await ledger.refund(refunded)
         await ledger.settle(refunded, Usage(10, 5), "model")
-    assert await ledger.snapshot("acme") == Snapshot(requests=1, tokens=15, concurrency=0)
+    assert await counted(ledger, "acme") == Counted(requests=1, tokens=15, concurrency=0)
     (record,) = await UsageReader(redis, TenantRegistry(redis)).read("acme")
     assert (record.requests, record.prompt_tokens, record.completion_tokens) == (1, 10, 5)
     assert observer.counts == {"reserved": 2, "settled": 1, "refunded": 1}
@@ -246,7 +261,7 @@ async def test_reserving_the_same_request_twice_counts_once(redis: RedisClient, 
     ledger = _ledger(redis, observer)
     await ledger.reserve("acme", "request", 50)
     await ledger.reserve("acme", "request", 50)
-    assert await ledger.snapshot("acme") == Snapshot(requests=1, tokens=50, concurrency=1)
+    assert await counted(ledger, "acme") == Counted(requests=1, tokens=50, concurrency=1)
 
 
 async def test_reservation_that_comes_after_its_refund_counts_nothing(
@@ -256,7 +271,7 @@ async def test_reservation_that_comes_after_its_refund_counts_nothing(
     await ledger.refund(Reservation("given up", "acme", 50))
     with pytest.raises(AssertionError, match="serves one reservation"):
         await ledger.reserve("acme", "given up", 50)
-    assert await ledger.snapshot("acme") == NOTHING
+    assert await counted(ledger, "acme") == NOTHING
 
 
 async def test_unset_limits_are_the_routers_and_zero_is_unlimited(
@@ -279,9 +294,9 @@ async def test_changed_limits_are_in_force_with_the_next_reservation(
     await _tenant(redis, TenantLimits(requests_per_minute=1))
     assert await _is_admitted(ledger, "first", 1)
     assert not await _is_admitted(ledger, "second", 1)
-    await TenantRegistry(redis).set_limits("acme", TenantLimits(requests_per_minute=2))
+    await TenantRegistry(redis).change("acme", LimitChange(TenantLimits(requests_per_minute=2)))
     assert await _is_admitted(ledger, "second", 1)
-    await TenantRegistry(redis).set_limits("acme", TenantLimits(requests_per_minute=1))
+    await TenantRegistry(redis).change("acme", LimitChange(TenantLimits(requests_per_minute=1)))
     assert not await _is_admitted(ledger, "third", 1)
 
 
@@ -329,11 +344,11 @@ async def test_leases_of_a_living_router_are_renewed_until_the_request_ends(
     async with open_ledger(redis, config, observer) as ledger:
         reservation = await ledger.reserve("acme", "long", 1)
         await asyncio.sleep(config.lease_s)
-        assert (await ledger.snapshot("acme")).concurrency == 1
+        assert (await counted(ledger, "acme")).concurrency == 1
         await ledger.settle(reservation, Usage(1, 0), "model")
-        assert (await ledger.snapshot("acme")).concurrency == 0
+        assert (await counted(ledger, "acme")).concurrency == 0
         await ledger.renew_leases()
-        assert (await ledger.snapshot("acme")).concurrency == 0
+        assert (await counted(ledger, "acme")).concurrency == 0
 
 
 async def test_renewal_that_comes_after_the_end_does_not_bring_the_lease_back(
@@ -344,7 +359,7 @@ async def test_renewal_that_comes_after_the_end_does_not_bring_the_lease_back(
     await quick.settle(reservation, Usage(1, 0), "model")
     assert slow.num_open == 1
     await slow.renew_leases()
-    assert await slow.snapshot("acme") == Snapshot(requests=1, tokens=1, concurrency=0)
+    assert await counted(slow, "acme") == Counted(requests=1, tokens=1, concurrency=0)
 
 
 async def test_renewal_gives_back_a_lease_that_was_swept_meanwhile(
@@ -354,9 +369,9 @@ async def test_renewal_gives_back_a_lease_that_was_swept_meanwhile(
     await ledger.reserve("acme", "request", 1)
     leases = TenantKeys("acme").account()[6]
     await redis.call(lambda each: each.zadd(leases, {"request": 1}, xx=True))  # it ended long ago
-    assert (await ledger.snapshot("acme")).concurrency == 0
+    assert (await counted(ledger, "acme")).concurrency == 0
     await ledger.renew_leases()
-    assert (await ledger.snapshot("acme")).concurrency == 1
+    assert (await counted(ledger, "acme")).concurrency == 1
 
 
 async def test_idle_tenant_leaves_nothing_of_the_window_in_redis(
@@ -366,7 +381,7 @@ async def test_idle_tenant_leaves_nothing_of_the_window_in_redis(
     await ledger.reserve("acme", "first", 10)
     await ledger.reserve("acme", "second", 10)
     await asyncio.sleep(0.25)
-    assert await redis.call(lambda each: each.exists(*TenantKeys("acme").ledger)) == 0
+    assert await redis.call(lambda each: each.exists(*TenantKeys("acme").ledger_of())) == 0
 
 
 async def test_redis_that_hangs_at_the_end_of_a_request_gets_the_usage_once_when_it_is_back(
@@ -386,7 +401,7 @@ async def test_redis_that_hangs_at_the_end_of_a_request_gets_the_usage_once_when
             assert observer.counts["ending_deferred"] == 1
             os.kill(server.pid, signal.SIGCONT)
             await ledger.endings.wait_until_empty()
-        assert await _ledger(patient_redis, observer).snapshot("acme") == Snapshot(1, 15, concurrency=0)
+        assert await counted(_ledger(patient_redis, observer), "acme") == Counted(1, 15, concurrency=0)
         (record,) = await UsageReader(patient_redis, TenantRegistry(patient_redis)).read("acme")
         assert (record.requests, record.prompt_tokens, record.completion_tokens) == (1, 10, 5)
         assert observer.counts["ending_lost"] == 0
@@ -412,7 +427,7 @@ async def test_reservation_that_redis_takes_after_its_caller_gave_up_is_given_ba
             await cancelled
         os.kill(server.pid, signal.SIGCONT)
         await ledger.endings.wait_until_empty()
-        assert await _ledger(patient_redis, observer).snapshot("acme") == NOTHING
+        assert await counted(_ledger(patient_redis, observer), "acme") == NOTHING
         assert observer.counts["refused unavailable"] == 1
         assert ledger.num_open == 0
 
@@ -432,7 +447,7 @@ async def test_settling_that_is_cancelled_is_brought_later(observer: RecordingOb
             await settling
         os.kill(server.pid, signal.SIGCONT)
         await ledger.endings.wait_until_empty()
-        assert await ledger.snapshot("acme") == Snapshot(requests=1, tokens=15, concurrency=0)
+        assert await counted(ledger, "acme") == Counted(requests=1, tokens=15, concurrency=0)
 
 
 async def test_open_breaker_refuses_without_leaving_refunds_to_bring(
@@ -491,7 +506,7 @@ async def test_full_redis_refuses_to_reserve_and_still_settles(observer: Recordi
         await redis.call(lambda each: each.ping())
         await ledger.settle(reservation, Usage(10, 5), "model")
         assert observer.counts["ending_deferred"] == 0
-        assert (await ledger.snapshot("acme")).concurrency == 0
+        assert (await counted(ledger, "acme")).concurrency == 0
 
 
 async def test_endings_beyond_capacity_or_age_are_lost_loudly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -503,14 +518,14 @@ async def test_endings_beyond_capacity_or_age_are_lost_loudly(tmp_path: Path, ca
     async with connect_redis(RedisConfig(f"unix://{tmp_path}/none.sock")) as redis:
         queue = EndingQueue(redis, capacity=2, max_age_s=10.0, clock=lambda: now[0], on_lost=count_loss)
         for i in range(3):
-            queue.put(Ending(REFUND, TenantKeys("acme").ledger, (f"id {i}", 1, 1), {"reservation_id": f"id {i}"}))
+            queue.put(Ending(REFUND, TenantKeys("acme").ledger_of(), (f"id {i}", 1, 1), {"reservation_id": f"id {i}"}))
         assert (len(queue), num_lost) == (2, [1])
         now[0] = 11.0
-        running = asyncio.create_task(queue.run(first_backoff_s=0.001))
+        running = asyncio.create_task(queue.run())
         await queue.wait_until_empty()
         assert num_lost == [3]
         running.cancel()
-        queue.put(Ending(REFUND, TenantKeys("acme").ledger, ("id 4", 1, 1), {"reservation_id": "id 4"}))
+        queue.put(Ending(REFUND, TenantKeys("acme").ledger_of(), ("id 4", 1, 1), {"reservation_id": "id 4"}))
         await queue.drain(timeout_s=0.01)
         assert (len(queue), num_lost) == (0, [4])
     lost = [record.fields["reservation_id"] for record in caplog.records if hasattr(record, "fields")]

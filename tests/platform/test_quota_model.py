@@ -110,7 +110,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self._runner.run(redis.call(lambda each: each.flushall()))
 
     def _run(self, script: Script, *args: str | int) -> ScriptReply:
-        return self._runner.run(self._redis.run_script(script, self._keys.ledger, args))
+        return self._runner.run(self._redis.run_script(script, self._keys.ledger_of(), args))
 
     # Tokens are tens, so that sums often meet a limit exactly.
     @rule(requests=st.integers(0, 5), tokens=st.sampled_from((0, 20, 30, 60)), concurrency=st.integers(0, 4))

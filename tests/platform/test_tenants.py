@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from rempart_platform.errors import ErrorKind, RempartError
-from rempart_platform.tenancy.limits import MAX_LIMIT, TenantLimits
+from rempart_platform.tenancy.limits import MAX_LIMIT, LimitChange, TenantLimits
 from rempart_platform.tenancy.redis_client import RedisClient
 from rempart_platform.tenancy.tenants import Tenant, TenantRegistry
 from rempart_platform.tenancy.testing import own_redis
@@ -76,14 +76,14 @@ async def test_list_is_in_order_of_name(tenants: TenantRegistry) -> None:
 
 async def test_set_limits_changes_only_what_is_given(tenants: TenantRegistry) -> None:
     await tenants.create("acme", TenantLimits(requests_per_minute=50, tokens_per_minute=1000))
-    changed = await tenants.set_limits("acme", TenantLimits(tokens_per_minute=0, concurrency=4))
+    changed = await tenants.change("acme", LimitChange(TenantLimits(tokens_per_minute=0, concurrency=4)))
     assert changed.limits == TenantLimits(requests_per_minute=50, tokens_per_minute=0, concurrency=4)
     assert await tenants.get("acme") == changed
-    assert await tenants.set_limits("acme", TenantLimits()) == changed
+    assert await tenants.change("acme", LimitChange(TenantLimits())) == changed
 
 
 async def test_unknown_tenant_is_not_found(tenants: TenantRegistry) -> None:
-    for attempt in (tenants.get("nobody"), tenants.set_limits("nobody", TenantLimits(concurrency=1))):
+    for attempt in (tenants.get("nobody"), tenants.change("nobody", LimitChange(TenantLimits(concurrency=1)))):
         with pytest.raises(RempartError) as raised:
             await attempt
         assert raised.value.kind is ErrorKind.NOT_FOUND

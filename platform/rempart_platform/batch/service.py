@@ -41,7 +41,7 @@ class BatchService:
 
     @asynccontextmanager
     async def working(
-        self, runner: LineRunner, is_model: Callable[[str], bool], is_leader: Callable[[], bool] = lambda: True
+        self, runner: LineRunner, is_model: Callable[[str], bool], is_leader: Callable[[], bool]
     ) -> AsyncIterator[None]:
         """Works beside the block; leaving it gives back what is not done.
 

@@ -15,6 +15,8 @@ from rempart_platform.tenancy.redis_client import RedisAwayError, RedisClient
 
 logger = logging.getLogger(__name__)
 
+_FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.1, 5.0
+
 
 @dataclass(frozen=True, slots=True)
 class Ending:
@@ -65,16 +67,16 @@ class EndingQueue:
         self._has_work.set()
         self._is_empty.clear()
 
-    async def run(self, first_backoff_s: float = 0.1, max_backoff_s: float = 5.0) -> None:
+    async def run(self) -> None:
         """Brings endings until cancelled. One failure means that Redis is away, so the pause is for all of them."""
-        backoff_s = first_backoff_s
+        backoff_s = _FIRST_BACKOFF_S
         while True:
             await self._has_work.wait()
             if await self._bring_oldest():
-                backoff_s = first_backoff_s
+                backoff_s = _FIRST_BACKOFF_S
             else:
                 await asyncio.sleep(backoff_s)
-                backoff_s = min(2 * backoff_s, max_backoff_s)
+                backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
 
     async def wait_until_empty(self) -> None:
         await self._is_empty.wait()

@@ -69,11 +69,6 @@ class TenantKeys:
     def usage(self) -> str:
         return self._key("usage")
 
-    @property
-    def ledger(self) -> tuple[str, ...]:
-        """KEYS of a ledger script for the tenant's own account alone."""
-        return self.ledger_of()
-
     def ledger_of(self, model: str = "", key_id: str = "") -> tuple[str, ...]:
         """KEYS of a ledger script, in the order in which `scripts/ledger.lua` names them.
 

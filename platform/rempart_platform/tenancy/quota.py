@@ -31,7 +31,7 @@ from rempart_platform.tenancy.keyspace import TenantKeys
 from rempart_platform.tenancy.limits import TenantLimits
 from rempart_platform.tenancy.lua import load_script
 from rempart_platform.tenancy.redis_client import RedisAwayError, RedisClient
-from rempart_platform.tenancy.reservation import Balance, Reservation, ReserveReply, Snapshot
+from rempart_platform.tenancy.reservation import Balance, Reservation, ReserveReply
 from rempart_platform.tenancy.terms import Terms
 
 logger = logging.getLogger(__name__)
@@ -229,11 +229,6 @@ class Ledger:
         """Ends a reservation as if it had never been made. Again is harmless; never raises because Redis is away."""
         if await self._end(reservation, self._refund_ending(reservation)):
             self._observer.refunded(reservation.tenant)
-
-    async def snapshot(self, tenant: str) -> Snapshot:
-        """What counts for a tenant now, of all routers."""
-        balance = await self.balance(tenant)
-        return Snapshot(balance.requests, balance.tokens, balance.concurrency)
 
     async def balance(self, tenant: str, *, model: str = "", key_id: str = "") -> Balance:
         """What counts now in the account of a model, of a key, or of the tenant when neither is given."""

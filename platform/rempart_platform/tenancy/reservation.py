@@ -44,18 +44,6 @@ class Reservation:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What counts for a tenant at one moment."""
-
-    requests: int
-    """In the window."""
-    tokens: int
-    """In the window."""
-    concurrency: int
-    """In flight."""
-
-
-@dataclass(frozen=True, slots=True)
 class Balance:
     """What counts in one account at one moment, budgets included. Money is in billionths of the currency."""
 
@@ -134,16 +122,13 @@ class ReserveReply:
                 headers[f"x-ratelimit-reset-{name}"] = format_duration(reset_us)
         return headers
 
-    def refusal(
-        self, asked: Reservation, concurrency_retry_s: float, currency: str = "", max_wait_s: float = MAX_WAIT_S
-    ) -> RempartError:
+    def refusal(self, asked: Reservation, concurrency_retry_s: float, currency: str = "") -> RempartError:
         """The error for a reply that did not admit.
 
         Args:
             asked: what was not reserved.
             concurrency_retry_s: when to try again for what is in flight, for nobody knows when it ends.
             currency: of money, for the message.
-            max_wait_s: of all waits but a budget's.
         """
         error = self._impossible(asked, currency) if self.outcome == "impossible" else None
         if error is None:
@@ -152,7 +137,7 @@ class ReserveReply:
             if self.has_unknown_wait:
                 wait_s = max(wait_s, concurrency_retry_s)
             if self.limit_name not in _BUDGETS:
-                wait_s = min(wait_s, max_wait_s)
+                wait_s = min(wait_s, MAX_WAIT_S)
             error = RempartError(
                 ErrorKind.RATE_LIMIT_EXCEEDED,
                 f"The limit of {self._limit_text(currency)} is reached. "

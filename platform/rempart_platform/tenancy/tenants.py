@@ -78,10 +78,6 @@ class TenantRegistry:
         tenants = [await self._load(str(name)) for name in sorted(names)]
         return tuple(tenant for tenant in tenants if tenant is not None)
 
-    async def set_limits(self, name: str, limits: TenantLimits) -> Tenant:
-        """Changes the limits that are not None and keeps the others."""
-        return await self.change(name, LimitChange(limits))
-
     async def change(self, name: str, *changes: RecordChange) -> Tenant:
         """Changes what the changes name and keeps the rest."""
         require_name(name, _OF, "tenant")
