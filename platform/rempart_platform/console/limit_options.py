@@ -18,13 +18,23 @@ LIMITS = {
     "requests_per_minute": "requests/min",
     "tokens_per_minute": "tokens/min",
     "concurrency": "concurrency",
-    "concurrent_tokens": "tokens at once",
+    "concurrent_tokens": "concurrent tokens",
     "tokens_per_day": "tokens/day",
     "tokens_per_month": "tokens/month",
     "money_per_day": "money/day",
     "money_per_month": "money/month",
 }
 """Name and heading of each; the names are those of `TenantLimits`, which would be heavy to import here."""
+_MEANINGS = {
+    "requests_per_minute": "Requests in any 60 seconds",
+    "tokens_per_minute": "Tokens in any 60 seconds, of prompts and outputs",
+    "concurrency": "Requests in flight",
+    "concurrent_tokens": "Tokens in flight, each request at its worst case",
+    "tokens_per_day": "Tokens of a UTC day",
+    "tokens_per_month": "Tokens of a UTC month",
+    "money_per_day": "Cost of a UTC day, by `rempart price`",
+    "money_per_month": "Cost of a UTC month, by `rempart price`",
+}
 
 Model: TypeAlias = Annotated[
     str, typer.Option(help="Limits of this model's use, beside those of all together.", show_default=False)
@@ -92,7 +102,7 @@ def _is_money(name: str) -> bool:
 
 
 def _option(name: str) -> inspect.Parameter:
-    text = "0 is unlimited."
+    text = f"{_MEANINGS[name]}; 0 is unlimited."
     if _is_money(name):
         option = typer.Option(parser=_money, metavar="AMOUNT", help=text, show_default=False)
     else:
