@@ -292,5 +292,10 @@ def test_the_welcome_has_all_addresses_keys_and_lines() -> None:
     said = json.loads(ready_line(RUNNING))
     for part in (said["http"], said["grpc"], said["metrics"], *said["engines"], said["api_key"], said["admin_key"]):
         assert part in text
-    for part in (curl_line(RUNNING), grpcurl_line(RUNNING), python_lines(RUNNING), ".venv/bin/rempart chat"):
+    for part in (
+        curl_line(RUNNING),
+        grpcurl_line(RUNNING),
+        python_lines(RUNNING),
+        ".venv/bin/rempart chat --temperature 0",
+    ):
         assert part in text

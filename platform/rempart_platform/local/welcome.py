@@ -54,7 +54,7 @@ def welcome(platform: RunningPlatform, program: str) -> str:
             "",
             "in a terminal:",
             "",
-            f"REMPART_ADDRESS={platform.grpc} REMPART_API_KEY={platform.api_key} {program} chat",
+            f"REMPART_ADDRESS={platform.grpc} REMPART_API_KEY={platform.api_key} {program} chat --temperature 0",
             "",
             "and to manage tenants, keys and limits:",
             "",
