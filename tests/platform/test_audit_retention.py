@@ -22,7 +22,7 @@ from rempart_platform.audit.signing import Signer
 from rempart_platform.audit.store import SegmentStore
 from rempart_platform.audit.testing import CHAIN, START_S, read_chain, write_chain
 from rempart_platform.audit.values import AuditConfig, Entry, Kind
-from rempart_platform.audit.verify import Verification, verify
+from rempart_platform.audit.verify import Verification, Wanted, read_records, verify
 from rempart_platform.object_store import open_object_store
 from rempart_platform.tenancy.redis_client import RedisAwayError, RedisClient, connect_redis
 from rempart_platform.tenancy.testing import own_redis, patient
@@ -235,6 +235,16 @@ async def test_what_is_removed_while_it_is_verified_is_not_missed(rig: Rig, tmp_
     done = await verify(rig.store, heads=rig.heads, public_key=SIGNER.public_key, progress=remove)
     assert (done.problems, done.num_chains) == ([], 1)
     assert (done.num_removed, done.num_records, done.num_segments) == (3 * PER_DAY, 2 * PER_DAY, 4)
+
+
+async def test_what_is_removed_while_records_are_read_is_left_out(rig: Rig, tmp_path: Path) -> None:
+    reading = read_records(rig.store, Wanted())
+    seen = [await anext(reading)]
+    *old, last = await rig.store.days(CHAIN)
+    for day in old:
+        shutil.rmtree(tmp_path / "audit" / "chains" / CHAIN / day)
+    seen += [record async for record in reading]
+    assert {record["at"][:10] for record in seen} == {old[0], last}
 
 
 def test_a_beginning_is_of_one_chain_and_of_its_head() -> None:

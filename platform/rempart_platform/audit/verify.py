@@ -1,6 +1,7 @@
 """Checks all chains of a store, and reads their records."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -114,18 +115,26 @@ async def _verify_chain(
 async def read_records(store: SegmentStore, wanted: Wanted) -> AsyncIterator[dict[str, Any]]:
     """The records that are wanted, chain by chain, as they are stored: nothing is checked.
 
+    Of a day that is removed meanwhile, for its age, only those that were read before.
+
     Raises:
         One of STORE_ERRORS: the storage cannot serve, or holds something that is no segment.
     """
     for chain in await store.chains():
-        days = [day for day in await store.days(chain) if wanted.day in ("", day)]
-        async for path, data in store.segments(chain, days):
-            for line in data.split(b"\n")[1:-2]:
-                record = decode_line(line)
-                if record is None:
-                    raise ForeignSegmentError(f"{path} holds a line that is no record; verify the log")
-                if wanted.takes(record):
-                    yield {"chain": chain, **record}
+        for day in [day for day in await store.days(chain) if wanted.day in ("", day)]:
+            with suppress(NotFoundError, FileNotFoundError):
+                async for path, data in store.segments(chain, [day]):
+                    for record in _records_of(path, data):
+                        if wanted.takes(record):
+                            yield {"chain": chain, **record}
+
+
+def _records_of(path: str, data: bytes) -> Iterator[dict[str, Any]]:
+    for line in data.split(b"\n")[1:-2]:
+        record = decode_line(line)
+        if record is None:
+            raise ForeignSegmentError(f"{path} holds a line that is no record; verify the log")
+        yield record
 
 
 def _num_lost(record: dict[str, Any]) -> int:
