@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import uvloop
 
@@ -59,10 +59,19 @@ def main(args: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve_until_signal(config, secrets))
-    except* (OSError, RuntimeError, ValueError):
-        _logger.exception("the router cannot go on")
+    except* (OSError, RuntimeError, ValueError) as errors:
+        _logger.exception("the router cannot go on", extra={"reason": "; ".join(_reasons(errors))})
         exit_code = 1
     return exit_code
+
+
+def _reasons(error: BaseException) -> Iterator[str]:
+    """What the errors of a group say, for whoever looks for no traceback."""
+    if isinstance(error, BaseExceptionGroup):
+        for each in error.exceptions:
+            yield from _reasons(each)
+    else:
+        yield str(error) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -320,6 +320,28 @@ async def test_a_taken_port_is_refused(model_folder: Path, engine: FakeEngine) -
     assert caught.group_contains(OSError, match="in use")
 
 
+async def test_the_process_says_why_it_cannot_start(model_folder: Path, tmp_path: Path) -> None:
+    tenants = tmp_path / "tenants.toml"
+    tenants.write_text("[tenants.acme]\nplna = 'gold'\n")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "rempart_platform", "--model", f"{MODEL}={model_folder}"),
+        *("--engines", "127.0.0.1:1", "--tenants-file", str(tenants)),
+        env=os.environ
+        | {
+            "REMPART_ADMIN_KEY": ADMIN_KEY,
+            "REMPART_KEY_PEPPER": "a pepper of 16 bytes",
+            "REMPART_CACHE_SECRET": "a secret of 16 bytes",
+            "REMPART_REDIS_URL": "redis://127.0.0.1:1",
+        },
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, errors = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 1
+    said = json.loads(errors.splitlines()[-1])
+    assert said["message"] == "the router cannot go on"
+    assert "plna" in said["reason"]
+
+
 async def test_the_process_prints_one_ready_line_and_leaves_by_a_signal_with_0(
     model_folder: Path, engine: FakeEngine
 ) -> None:
