@@ -183,16 +183,18 @@ async def test_seed_makes_what_it_says_and_a_restart_changes_nothing(redis: Redi
     gold = await plans.get("gold")
     assert PlanSeed(gold.limits, gold.standing) == SEED.plans["gold"]
     acme = await tenants.get("acme")
-    assert (acme.plan, acme.limits) == ("gold", TenantLimits(concurrency=4))
+    assert (acme.plan, acme.limits) == (
+        "gold",
+        LimitSet(TenantLimits(concurrency=4), {"small": TenantLimits(tokens_per_day=0)}),
+    )
     assert acme.standing == OwnStanding(weight=0.5, cache_group="house")
-    assert acme.of_models == {"small": TenantLimits(tokens_per_day=0)}
     assert await prices.read() == SEED.prices
 
     await tenants.change("acme", LimitChange(TenantLimits(concurrency=9)))
     await plans.set("gold", LimitChange(TenantLimits(concurrency=9)))
     await prices.set_price("some model", ModelPrice())
     await apply_seed(redis, SEED, store_of(redis))
-    assert (await tenants.get("acme")).limits.concurrency == 9, "edits stay"
+    assert (await tenants.get("acme")).limits.own.concurrency == 9, "edits stay"
     assert (await plans.get("gold")).limits.own.concurrency == 9
     assert (await prices.read()).of("some model") == ModelPrice()
 
@@ -206,10 +208,10 @@ async def test_changed_entry_is_put_in_force_whole_and_no_other(redis: RedisClie
     changed = {"acme": TenantSeed("", LimitSet(TenantLimits(tokens_per_minute=5)))}
     await apply_seed(redis, Seed(SEED.plans, changed, SEED.prices), store_of(redis))
     acme = await tenants.get("acme")
-    assert (acme.plan, acme.limits, acme.of_models) == ("", TenantLimits(tokens_per_minute=5), {})
+    assert (acme.plan, acme.limits) == ("", LimitSet(TenantLimits(tokens_per_minute=5)))
     assert acme.standing == OwnStanding()
     assert (await plans.get("gold")).limits.own.concurrency == 9
-    assert (await tenants.get("old")).limits == TenantLimits(concurrency=1)
+    assert (await tenants.get("old")).limits.own == TenantLimits(concurrency=1)
 
 
 @pytest.mark.parametrize("seed", [{"A b": TenantSeed("", LimitSet())}, {"acme": TenantSeed("gone", LimitSet())}])

@@ -70,7 +70,7 @@ async def test_a_new_tenant_is_never_there_without_its_limits(
     with pytest.raises(OSError):  # noqa: PT011 - it has no message
         await apply_seed(redis, Seed({}, {"acme": seed}, PriceList()), store_of(redis))
     tenant = await TenantRegistry(redis).get("acme")
-    assert (tenant.limits, tenant.standing) == (seed.limits.own, seed.standing)
+    assert (tenant.limits.own, tenant.standing) == (seed.limits.own, seed.standing)
 
 
 @pytest.mark.parametrize("source", ["from_environ", "from_file"])

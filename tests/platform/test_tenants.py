@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from rempart_platform.errors import ErrorKind, RempartError
-from rempart_platform.tenancy.limits import MAX_LIMIT, LimitChange, TenantLimits
+from rempart_platform.tenancy.limits import MAX_LIMIT, LimitChange, LimitSet, TenantLimits
 from rempart_platform.tenancy.redis_client import RedisClient
 from rempart_platform.tenancy.tenants import Tenant, TenantRegistry
 from rempart_platform.tenancy.testing import own_redis
@@ -24,7 +24,7 @@ def tenants(redis: RedisClient) -> TenantRegistry:
 async def test_created_tenant_is_found_with_the_limits_that_were_set(tenants: TenantRegistry) -> None:
     limits = TenantLimits(requests_per_minute=50, concurrency=0)
     created = await tenants.create("acme", limits)
-    assert created == Tenant("acme", limits, 1_700_000_000)
+    assert created == Tenant("acme", LimitSet(limits), 1_700_000_000)
     assert await tenants.get("acme") == created
 
 
@@ -33,7 +33,7 @@ async def test_name_that_is_taken_is_refused_and_its_limits_stay(tenants: Tenant
     with pytest.raises(RempartError) as raised:
         await tenants.create("acme", TenantLimits(requests_per_minute=1))
     assert raised.value.kind is ErrorKind.ALREADY_EXISTS
-    assert (await tenants.get("acme")).limits == TenantLimits(requests_per_minute=50)
+    assert (await tenants.get("acme")).limits.own == TenantLimits(requests_per_minute=50)
 
 
 async def test_of_many_who_create_one_name_at_once_one_succeeds(tenants: TenantRegistry) -> None:
@@ -77,7 +77,7 @@ async def test_list_is_in_order_of_name(tenants: TenantRegistry) -> None:
 async def test_set_limits_changes_only_what_is_given(tenants: TenantRegistry) -> None:
     await tenants.create("acme", TenantLimits(requests_per_minute=50, tokens_per_minute=1000))
     changed = await tenants.change("acme", LimitChange(TenantLimits(tokens_per_minute=0, concurrency=4)))
-    assert changed.limits == TenantLimits(requests_per_minute=50, tokens_per_minute=0, concurrency=4)
+    assert changed.limits.own == TenantLimits(requests_per_minute=50, tokens_per_minute=0, concurrency=4)
     assert await tenants.get("acme") == changed
     assert await tenants.change("acme", LimitChange(TenantLimits())) == changed
 

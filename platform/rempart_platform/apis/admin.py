@@ -239,10 +239,10 @@ def _model_messages(of_models: Mapping[str, TenantLimits]) -> list[admin_pb2.Mod
 def _tenant_message(tenant: Tenant) -> admin_pb2.Tenant:
     return admin_pb2.Tenant(
         name=tenant.name,
-        limits=_limits_message(tenant.limits),
+        limits=_limits_message(tenant.limits.own),
         created_s=tenant.created_s,
         plan=tenant.plan,
-        model_limits=_model_messages(tenant.of_models),
+        model_limits=_model_messages(tenant.limits.of_models),
         standing=_standing_message(tenant.standing),
     )
 
@@ -257,7 +257,7 @@ def _plan_message(plan: Plan) -> admin_pb2.Plan:
 
 
 def _key_message(key: ApiKey, tenant: Tenant) -> admin_pb2.ApiKey:
-    limits = _limits_message(tenant.of_keys.get(key.key_id, TenantLimits()))
+    limits = _limits_message(tenant.limits.of_keys.get(key.key_id, TenantLimits()))
     return admin_pb2.ApiKey(
         key_id=key.key_id, tenant=key.tenant, created_s=key.created_s, expires_s=key.expires_s, limits=limits
     )

@@ -108,8 +108,9 @@ class LimitSet:
 
     own: TenantLimits = TenantLimits()
     of_models: Mapping[str, TenantLimits] = field(default_factory=dict)
-
+    """Of the use of single models."""
     of_keys: Mapping[str, TenantLimits] = field(default_factory=dict)
+    """By key id; a plan has none."""
 
     @staticmethod
     def parse(stored: Mapping[str, str]) -> "LimitSet":

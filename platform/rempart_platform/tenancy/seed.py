@@ -201,7 +201,7 @@ async def _apply_tenant(tenants: TenantRegistry, name: str, seed: TenantSeed) ->
         if error.kind is not ErrorKind.ALREADY_EXISTS:
             raise
     tenant = await tenants.set_plan(name, seed.plan)
-    changes = _changes(seed.limits, LimitSet(tenant.limits, tenant.of_models))
+    changes = _changes(seed.limits, tenant.limits)
     await tenants.change(name, *changes, _standing_change(seed.standing))
 
 

@@ -1,8 +1,8 @@
 """Tenants: who may use the platform, and how much of it."""
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.tenancy.keyspace import TENANTS, TenantKeys
@@ -24,14 +24,10 @@ class Tenant:
     """A tenant as it is stored."""
 
     name: str
-    limits: TenantLimits
+    limits: LimitSet
     created_s: int
     plan: str = ""
     """Whose limits it inherits; "" for none."""
-    of_models: Mapping[str, TenantLimits] = field(default_factory=dict)
-    """Limits of its use of single models."""
-    of_keys: Mapping[str, TenantLimits] = field(default_factory=dict)
-    """Limits of single keys, by key id."""
     standing: OwnStanding = OwnStanding()
 
 
@@ -62,7 +58,7 @@ class TenantRegistry:
         record = [part for pair in stored.items() for part in pair]
         if await self._give_plan(_CREATE, name, plan, created_s, *record) == "exists":
             raise RempartError(ErrorKind.ALREADY_EXISTS, f"The tenant '{name}' exists already.", param="name")
-        return Tenant(name, limits, created_s, plan, standing=standing)
+        return Tenant(name, LimitSet(limits), created_s, plan, standing)
 
     async def get(self, name: str) -> Tenant:
         require_name(name, _OF, "tenant")
@@ -110,10 +106,8 @@ class TenantRegistry:
         stored = await self._redis.read_hash(TenantKeys(name).tenant)
         if "created_s" not in stored:
             return None
-        limits = LimitSet.parse(stored)
         created_s, plan = int(stored["created_s"]), stored.get("plan", "")
-        standing = OwnStanding.parse(stored)
-        return Tenant(name, limits.own, created_s, plan, limits.of_models, limits.of_keys, standing)
+        return Tenant(name, LimitSet.parse(stored), created_s, plan, OwnStanding.parse(stored))
 
 
 def _no_such_tenant(name: str) -> RempartError:
