@@ -54,7 +54,7 @@ class RedisConfig:
     timeout_s: float = 0.25
     """For a connection, and for an answer once Redis has given all those before it."""
     max_connections: int = 32
-    """One of them is for scripts."""
+    """One of them is for scripts. Of the others, each model whose requests wait for room holds one most of the time."""
     failures_to_open: int = 3
     open_s: float = 1.0
 
