@@ -187,7 +187,7 @@ class Tap(RedisClient):
 
     def __init__(self, redis: RedisClient) -> None:
         self._inner = redis
-        self.heard: list[tuple[Script, Sequence[str], Sequence[str | int], ScriptReply]] = []
+        self.heard: list[tuple[Script, Sequence[str], Sequence[str | int | float], ScriptReply]] = []
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._inner, name)
@@ -195,7 +195,7 @@ class Tap(RedisClient):
     async def read_hash(self, key: str) -> dict[str, str]:
         return await self._inner.read_hash(key)
 
-    async def run_script(self, script: Script, keys: Sequence[str], args: Sequence[str | int]) -> ScriptReply:
+    async def run_script(self, script: Script, keys: Sequence[str], args: Sequence[str | int | float]) -> ScriptReply:
         reply = await self._inner.run_script(script, keys, args)
         self.heard.append((script, tuple(keys), tuple(args), reply))
         return reply
