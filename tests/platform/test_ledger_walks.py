@@ -120,7 +120,7 @@ class Auditor:
         self.num_checked = 0
         self.outcomes: dict[str, int] = defaultdict(int)
 
-    def check(self, script: Script, keys: Sequence[str], args: Sequence[str | int], reply: ScriptReply) -> None:
+    def check(self, script: Script, keys: Sequence[str], args: Sequence[str | int | float], reply: ScriptReply) -> None:
         now_us = time_of(script, reply)
         names = [key.rpartition("}:window")[2] for key in keys if "}:window" in key]
         accounts = [self.accounts[name] for name in names]
@@ -147,7 +147,9 @@ class Auditor:
             assert account.exceeded(now_us) == set(), f"granted too much in account {name!r}"
         self.num_checked += 1
 
-    def _reserve(self, reply: ReserveReply, accounts: list[Account], args: Sequence[str | int], now_us: int) -> None:
+    def _reserve(
+        self, reply: ReserveReply, accounts: list[Account], args: Sequence[str | int | float], now_us: int
+    ) -> None:
         if reply.outcome == "plan":
             return
         request_id, tokens, money = str(args[0]), int(args[1]), int(args[2])
@@ -175,7 +177,7 @@ class Auditor:
         else:
             assert (reply.account, NAME_OF.get(reply.outcome, reply.outcome)) in reasons
 
-    def _renew(self, accounts: list[Account], args: Sequence[str | int], now_us: int) -> None:
+    def _renew(self, accounts: list[Account], args: Sequence[str | int | float], now_us: int) -> None:
         for request_id, tokens, money in zip(args[1::3], args[2::3], args[3::3], strict=True):
             for account in accounts if request_id not in self.ended else ():
                 lease = account.leases.setdefault(str(request_id), Lease(0, int(tokens), int(money), has_returned=True))
@@ -274,7 +276,7 @@ class LedgerWalks(RuleBasedStateMachine):
         self._tenant = f"tenant-{walk.num_tenants}"
         self._observer = RecordingObserver()
         self._num_requests = 0
-        self._asked: list[tuple[Script, Sequence[str], Sequence[str | int]]] = []
+        self._asked: list[tuple[Script, Sequence[str], Sequence[str | int | float]]] = []
         self._routers = [self._router(number) for number in range(3)]
         self._crashed: list[Ledger] = []
         self._open: dict[int, list[Reservation]] = defaultdict(list)
