@@ -1,6 +1,8 @@
 """What batch jobs ask of a folder and of a bucket."""
 
 import asyncio
+import errno
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -51,6 +53,29 @@ async def test_objects_are_put_got_and_deleted(store: ObjectStore) -> None:
         with pytest.raises(MissingObjectError):
             await all_of(storage.stream(path))
     assert await storage.get("b/empty") == b""
+
+
+async def test_what_is_kept_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis forgets lines and lists files because of it. Also what another put, who may not have come to that."""
+    storage = BatchStorage(open_object_store(f"file://{tmp_path}"))
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda opened: synced.append(os.readlink(f"/proc/self/fd/{opened}")))
+    places = [str(tmp_path / place) for place in ("a/one", "a", ".")]
+    assert await storage.put_first("a/one", b"first")
+    assert synced == places
+    assert not await storage.put_first("a/one", b"second")
+    assert synced == 2 * places
+    await storage.put_stream("a/one", in_pieces(b"third"))
+    assert synced == 3 * places
+
+
+async def test_a_disk_that_fails_keeps_nothing_for_sure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(opened: int) -> None:
+        raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(RempartError, match="storage of batch jobs does not answer"):
+        await BatchStorage(open_object_store(f"file://{tmp_path}")).put_first("a/one", b"first")
 
 
 async def test_two_that_delete_the_same_do_each_other_no_harm(store: ObjectStore) -> None:

@@ -8,14 +8,14 @@ jobs/<tenant>/<job>/lines/<number>       the answer of a line that is large, unt
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, GenericError
 
 from rempart_platform.errors import ErrorKind, RempartError
-from rempart_platform.object_store import ObjectStore, remove_unfinished
+from rempart_platform.object_store import ObjectStore, remove_unfinished, sync_to_disk
 
 _RETRY_AFTER_S = 2.0
 _PIECE_BYTES = 1024 * 1024
@@ -28,7 +28,7 @@ class MissingObjectError(Exception):
 
 
 class BatchStorage:
-    """Objects by path.
+    """Objects by path. What is kept outlives a loss of power.
 
     Raises:
         RempartError: UNAVAILABLE, the storage does not answer.
@@ -43,14 +43,17 @@ class BatchStorage:
         with _our_errors():
             try:
                 await self._put(path, content, mode="create")
+                is_first = True
             except AlreadyExistsError:
-                return False
-        return True
+                is_first = False
+            await self._sync(path)
+        return is_first
 
     async def put_stream(self, path: str, pieces: AsyncIterator[bytes]) -> None:
         """Keeps all that comes, in place of what was there. Nothing changes when it fails or is cancelled."""
         with _our_errors():
             await self._put(path, pieces, max_concurrency=_PARTS_IN_FLIGHT)
+            await self._sync(path)
 
     async def _put(self, path: str, content: bytes | AsyncIterator[bytes], **options: Any) -> None:
         while True:
@@ -61,6 +64,10 @@ class BatchStorage:
                     raise
             else:
                 return
+
+    async def _sync(self, path: str) -> None:
+        with suppress(FileNotFoundError):  # somebody removes it already
+            await asyncio.to_thread(sync_to_disk, self._store, path)
 
     async def get(self, path: str) -> bytes:
         with _our_errors():
