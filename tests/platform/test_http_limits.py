@@ -143,6 +143,7 @@ async def test_headers_too_large_are_refused() -> None:
         await client.send(b"GET /health HTTP/1.1\r\nhost: x\r\nx-large: " + b"a" * 3000)
         answer = await client.rest()
     assert status_of(answer) == 413
+    assert b"limit max_head_bytes" in answer
 
 
 async def test_an_idle_connection_is_closed_and_one_in_use_is_not() -> None:
@@ -190,6 +191,7 @@ async def test_a_client_that_asks_before_sending_is_not_told_to_go_on() -> None:
         await client.send(head)
         answer = await client.rest()
     assert status_of(answer) == 413
+    assert b"limit max_body_bytes" in answer
     assert b"100 Continue" not in answer
 
 

@@ -52,5 +52,5 @@ def announced_length(headers: Mapping[str, str]) -> int:
 
 
 def _too_large(limits: HttpLimits) -> RempartError:
-    message = f"The request's body is too large; at most {limits.max_body_bytes} bytes are allowed."
+    message = f"The request's body has more than {limits.max_body_bytes} bytes (limit max_body_bytes)."
     return RempartError(ErrorKind.REQUEST_TOO_LARGE, message)

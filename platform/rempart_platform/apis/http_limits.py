@@ -121,7 +121,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # A read that brings the end of a head and much of a body is at most one read buffer long.
         self._head_bytes += len(data)
         if self._head_bytes > self._limits.max_head_bytes:
-            self._refuse(RempartError(ErrorKind.REQUEST_TOO_LARGE, "The request's headers are too large."))
+            message = f"The request's head has more than {self._limits.max_head_bytes} bytes (limit max_head_bytes)."
+            self._refuse(RempartError(ErrorKind.REQUEST_TOO_LARGE, message))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
