@@ -45,9 +45,10 @@ from rempart_platform.tenancy.prices import PriceRegistry
 from rempart_platform.tenancy.queue_values import QueueConfig
 from rempart_platform.tenancy.quota import open_ledger
 from rempart_platform.tenancy.redis_client import RedisClient, RedisConfig, connect_redis
-from rempart_platform.tenancy.seed import Seed, apply_seed, read_seed, tell_nobody
+from rempart_platform.tenancy.seed import Seed, apply_seed, tell_nobody
 from rempart_platform.tenancy.standings import StandingAuthenticator, Standings
 from rempart_platform.tenancy.tenants import TenantRegistry
+from rempart_platform.tenancy.tenants_file import read_seed
 from rempart_platform.tenancy.usage import UsageReader
 
 Announce = Callable[[dict[str, object]], None]

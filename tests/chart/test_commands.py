@@ -22,7 +22,7 @@ from rempart_engine.manifest import write_manifest
 from rempart_platform.config import RouterConfig
 from rempart_platform.local.testing import FAKE_ENGINE, PlatformUnderTest, write_byte_model
 from rempart_platform.tenancy.embedded import find_server
-from rempart_platform.tenancy.seed import read_seed
+from rempart_platform.tenancy.tenants_file import read_seed
 from rempart_protos.v1 import admin_pb2, batch_pb2, engine_pb2, inference_pb2
 
 Renderings = Mapping[Case, tuple[Manifest, ...]]

@@ -13,9 +13,10 @@ from rempart_platform.tenancy.money import format_money, format_price, parse_mon
 from rempart_platform.tenancy.plans import PlanRegistry
 from rempart_platform.tenancy.prices import ModelPrice, PriceList, PriceRegistry
 from rempart_platform.tenancy.redis_client import RedisClient
-from rempart_platform.tenancy.seed import PlanSeed, Seed, SeedError, TenantSeed, apply_seed, read_seed
+from rempart_platform.tenancy.seed import PlanSeed, Seed, SeedError, TenantSeed, apply_seed
 from rempart_platform.tenancy.standing import OwnStanding
 from rempart_platform.tenancy.tenants import TenantRegistry
+from rempart_platform.tenancy.tenants_file import read_seed
 from rempart_platform.tenancy.testing import own_redis
 
 TEXT = """

@@ -9,9 +9,10 @@ from rempart_platform.tenancy.api_keys import ApiKey, ApiKeyStore, KeyHasher, ke
 from rempart_platform.tenancy.limits import LimitSet, TenantLimits
 from rempart_platform.tenancy.prices import PriceList
 from rempart_platform.tenancy.redis_client import RedisClient
-from rempart_platform.tenancy.seed import Seed, SeedError, TenantSeed, apply_seed, read_seed
+from rempart_platform.tenancy.seed import Seed, SeedError, TenantSeed, apply_seed
 from rempart_platform.tenancy.standing import OwnStanding
 from rempart_platform.tenancy.tenants import TenantRegistry
+from rempart_platform.tenancy.tenants_file import read_seed
 from rempart_platform.tenancy.testing import own_redis
 
 HASHER = KeyHasher(b"a pepper of 16 bytes or more")
