@@ -1,9 +1,9 @@
 """Plans, tenants and prices that are put in force at the start of a router; `tenants_file.py` reads them.
 
-What an entry says is put in force once: when it is new, or other than the last time. So a restart changes nothing, edits
-that were made meanwhile stay, and a changed file wins over them. What is in no file stays as it is. A key's entry
-changes with the key; the one that it was before ends, unless the tenant has it by another name: so two names make a
-change without a gap.
+What an entry says is put in force once: when it is new, or other than the last time. So a restart changes nothing, what
+was edited meanwhile stays, and a changed file wins over it. What is in no file stays as it is. A key's entry changes
+with the key; the one that it was before ends, unless the tenant has it by another name: so two names make a change
+without a gap.
 """
 
 import asyncio
