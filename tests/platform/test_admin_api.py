@@ -10,9 +10,12 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # the package ships none
 
 from rempart_platform.apis.admin import AdminServicer
+from rempart_platform.console.admin_client import open_admin
 from rempart_platform.generation import Caller, Usage
 from rempart_platform.tenancy.api_keys import AdminAuthenticator, ApiKeyStore, Authenticator, KeyHasher
 from rempart_platform.tenancy.embedded import EmbeddedRedis, EmbeddedRedisConfig, embedded_redis
+from rempart_platform.tenancy.keyspace import TenantKeys
+from rempart_platform.tenancy.limits import TenantLimits
 from rempart_platform.tenancy.plans import PlanRegistry
 from rempart_platform.tenancy.prices import PriceRegistry
 from rempart_platform.tenancy.quota import Ledger, QuotaConfig
@@ -35,6 +38,7 @@ class Service:
     server: EmbeddedRedis
     redis: RedisClient
     admin: "admin_pb2_grpc.AdminAsyncStub"
+    address: str
 
 
 @pytest.fixture
@@ -59,7 +63,7 @@ async def service() -> AsyncIterator[Service]:
         await grpc_server.start()
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                yield Service(server, redis, admin_pb2_grpc.AdminStub(channel))
+                yield Service(server, redis, admin_pb2_grpc.AdminStub(channel), f"127.0.0.1:{port}")
         finally:
             await grpc_server.stop(grace=None)
 
@@ -94,6 +98,20 @@ async def test_tenant_is_created_listed_and_changed(service: Service) -> None:
     assert (changed.limits.requests_per_minute, changed.limits.tokens_per_minute) == (50, 1000)
     listed = await admin.ListTenants(pb.ListTenantsRequest(), metadata=CREDENTIALS)
     assert list(listed.tenants) == [changed]
+
+
+async def test_usage_of_years_reaches_the_client(service: Service) -> None:
+    await TenantRegistry(service.redis).create("acme", TenantLimits())
+    usage = {
+        f"2026-11-{day} {counter} {'m' * 2**20}": 1
+        for day in range(10, 16)
+        for counter in ("requests", "prompt_tokens", "completion_tokens", "cached_tokens")
+    }
+    await service.redis.write_hash(TenantKeys("acme").usage, usage)
+    async with open_admin(service.address, ADMIN_KEY) as admin:
+        answer = await admin.read_usage()
+    assert len(answer.records) == 6
+    assert answer.ByteSize() > 4 * 2**20, "what gRPC takes when it is not told otherwise"
 
 
 async def test_issued_key_authenticates_until_it_is_revoked(service: Service) -> None:

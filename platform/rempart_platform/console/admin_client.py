@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # exists in the stubs alone
     from rempart_protos.v1.admin_pb2_grpc import AdminAsyncStub
 
 _TIMEOUT_S = 10.0
+_CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1),)  # usage has a record per tenant, model and day
 
 
 class AdminClient:
@@ -112,5 +113,5 @@ class AdminClient:
 @asynccontextmanager
 async def open_admin(address: str, admin_key: str) -> AsyncIterator[AdminClient]:
     """A client of the router at `address`; nothing is sent before the first call."""
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
         yield AdminClient(admin_pb2_grpc.AdminStub(channel), admin_key)

@@ -90,7 +90,7 @@ class PlanRegistry:
         holder = await self._holder(name)
         if holder is not None:
             await self._redis.call(lambda redis: redis.hdel(plan_record(name), _REMOVING))
-            raise invalid_request(f"The tenant '{holder}' has this plan.", "name")
+            raise invalid_request(f"The tenant '{holder}' has this plan, or is being moved to it.", "name")
         (is_removed,) = await self._redis.run_script(_REMOVE, (plan_record(name),), (mark,))
         if not is_removed:
             raise invalid_request(f"The plan '{name}' was set or removed by somebody else at the same time.", "name")
