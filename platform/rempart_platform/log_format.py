@@ -1,4 +1,7 @@
-"""Logs as one JSON object a line; what is passed as `extra` becomes fields of their own, the message stays constant."""
+"""Logs as one JSON object a line, times as engines write them; the message stays constant.
+
+What is passed as `extra` becomes fields of the object; so does each of `extra={"fields": ...}`, whose names are free.
+"""
 
 import logging
 from datetime import UTC, datetime
@@ -15,12 +18,13 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
-        line |= {name: value for name, value in vars(record).items() if name not in _LEFT_OUT}
+        passed = {name: value for name, value in vars(record).items() if name not in _LEFT_OUT}
+        line |= {**passed.pop("fields", {}), **passed, **line}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return msgspec.json.encode(line, enc_hook=str).decode()
