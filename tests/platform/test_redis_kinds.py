@@ -241,6 +241,12 @@ def test_a_url_of_one_server_is_left_to_the_library(url: str) -> None:
         "redis+cluster://:secret@host:1/0",
         "redis+cluster://:secret@host:1?color=red",
         "redis+cluster://:secret@host:99999",
+        "redis+cluster://user:secret",
+        "redis+cluster://user:secret\u2100@host:1",
+        "redis+cluster://:a?secret=1@host:1",
+        "redis+cluster://host:1?sentinel_password=secret",
+        "redis+cluster://host:1?ssl_ca_certs=/secret",
+        "redis+sentinel://host:1/main?ssl_ca_certs=/secret",
     ],
 )
 def test_a_malformed_url_is_refused_without_its_password(url: str) -> None:

@@ -4,12 +4,12 @@
     redis+sentinel://[user:password@]host:port,host:port/MASTER_NAME[/db]   rediss+sentinel://
     redis+cluster://[user:password@]host:port,host:port                     rediss+cluster://
 
-User and password are those of the data servers. Options behind a `?` of the last two: ssl_ca_certs, ssl_certfile,
-ssl_keyfile (paths), sentinel_username and sentinel_password (of the Sentinels, where they ask for one). The first three
-take what redis-py takes.
+User and password are those of the data servers. Options behind a `?` of the last two: with TLS ssl_ca_certs,
+ssl_certfile, ssl_keyfile (paths); of Sentinels sentinel_username and sentinel_password, where they ask for one. The
+first three take what redis-py takes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -59,18 +59,24 @@ def parse_redis_url(url: str) -> RedisServers | None:
         return None
     if scheme not in _SEVERAL:
         raise ValueError(f"it must begin with one of {', '.join(f'{each}://' for each in (*_PLAIN, *_SEVERAL))}")
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # whose text may hold the password
+        raise ValueError("it cannot be read as a URL") from None
+    is_tls = scheme.startswith("rediss")
     kind: Literal["sentinel", "cluster"] = "sentinel" if scheme.endswith("sentinel") else "cluster"
     user_info, _, host_list = parts.netloc.rpartition("@")
     master_name, db = _path(parts.path, kind)
     return RedisServers(
         kind=kind,
-        hosts=tuple(_host(entry, _DEFAULT_PORTS[kind]) for entry in host_list.split(",")),
-        is_tls=scheme.startswith("rediss"),
+        hosts=tuple(_host(number, entry, _DEFAULT_PORTS[kind]) for number, entry in enumerate(host_list.split(","), 1)),
+        is_tls=is_tls,
         master_name=master_name,
         db=db,
         credentials=_credentials(user_info),
-        options=_options(parts.query),
+        options=_options(
+            parts.query, (_TLS_OPTIONS if is_tls else set()) | (_SENTINEL_OPTIONS if kind == "sentinel" else set())
+        ),
     )
 
 
@@ -87,12 +93,12 @@ def _path(path: str, kind: str) -> tuple[str, int]:
     return unquote(master_name), int(db or 0)
 
 
-def _host(entry: str, default_port: int) -> tuple[str, int]:
+def _host(number: int, entry: str, default_port: int) -> tuple[str, int]:
     host, colon, port = entry.rpartition(":")
     if entry.endswith("]") or not colon:  # an IPv6 without port, or a bare name
         host, port = entry, str(default_port)
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(f"{entry!r} is not host:port")
+        raise ValueError(f"what it names as host {number} is not HOST:PORT")  # it may be a password without its @
     return host.strip("[]"), int(port)
 
 
@@ -102,9 +108,8 @@ def _credentials(user_info: str) -> dict[str, str]:
     return {name: value for name, value in given.items() if value}
 
 
-def _options(query: str) -> dict[str, str]:
+def _options(query: str, known: Set[str]) -> dict[str, str]:
     options = dict(parse_qsl(query))
-    unknown = options.keys() - _TLS_OPTIONS - _SENTINEL_OPTIONS
-    if unknown:
-        raise ValueError(f"unknown options {', '.join(sorted(unknown))}")
+    if options.keys() - known:
+        raise ValueError(f"the options that it may have are {', '.join(sorted(known)) or 'none'}")
     return options
