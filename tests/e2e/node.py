@@ -1,6 +1,6 @@
 """A node of a cluster in one process: runs pods of rendered manifests as they say, and reports what became of them.
 
-    unshare --user --map-root-user --net --mount python node.py MANIFESTS MODEL FOLDER
+    unshare --user --map-root-user --net --mount python -m tests.e2e.node MANIFESTS MODEL FOLDER
 
 Containers are processes with the command, environment, probes, lifecycle, files and volumes of the manifests, on a root
 file system that they cannot write. They share this process' network, where Services' names lead to 127.0.0.1. Around
@@ -12,9 +12,7 @@ Prints one JSON object: see `Report`.
 
 import asyncio
 import base64
-import datetime
 import fcntl
-import ipaddress
 import json
 import re
 import shlex
@@ -36,13 +34,11 @@ import boto3
 import grpc.aio
 import httpx
 import yaml
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from moto.server import ThreadedMotoServer
 from numba.core.caching import _CacheLocator
 from openai import AsyncOpenAI
+from tests.tls import relay, self_signed
 
 from rempart_engine.manifest import write_manifest
 from rempart_platform.cluster.testing import FakeKubernetes, endpoint
@@ -391,47 +387,19 @@ async def object_storage(published: Path) -> AsyncIterator[None]:
 async def kubernetes_api(account: Path) -> AsyncIterator[FakeKubernetes]:
     """The fake API behind TLS, whose certificate the service account trusts."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    key = _write_certificate(account / "ca.crt")
+    private, certificate = self_signed()
+    (account / "ca.crt").write_bytes(certificate)
+    key = account.parent / "api.key"
+    key.write_bytes(private)
     context.load_cert_chain(account / "ca.crt", key)
     async with FakeKubernetes() as api:
 
         async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             to_api = await asyncio.open_connection("127.0.0.1", api.ports[0])
-            await asyncio.gather(_copy(reader, to_api[1]), _copy(to_api[0], writer))
+            await asyncio.gather(relay(reader, to_api[1]), relay(to_api[0], writer))
 
         async with await asyncio.start_server(forward, "127.0.0.1", API_PORT, ssl=context):
             yield api
-
-
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with suppress(OSError):
-        while piece := await reader.read(1 << 16):
-            writer.write(piece)
-            await writer.drain()
-    writer.close()
-
-
-def _write_certificate(path: Path) -> Path:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "kubernetes")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    private = path.parent.parent / "api.key"
-    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    private.write_bytes(key.private_bytes(encoding, form, serialization.NoEncryption()))
-    return private
 
 
 async def capital_of_france(client: AsyncOpenAI, model: str) -> str:

@@ -34,10 +34,10 @@ def report(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         pytest.skip("this system lets nobody make a network and mounts of their own (unshare), as pods have them")
     folder = tmp_path_factory.mktemp("node")
     manifests = rendered(folder / "manifests.yaml")
-    node = [sys.executable, str(Path(__file__).with_name("node.py")), str(manifests), str(smollm2), str(folder)]
+    node = [sys.executable, "-m", "tests.e2e.node", str(manifests), str(smollm2), str(folder)]
     with (folder / "node.log").open("wb") as log:
         done = subprocess.run(
-            [*IN_ITS_OWN_NETWORK, *node], check=False, stdout=subprocess.PIPE, stderr=log, timeout=580
+            [*IN_ITS_OWN_NETWORK, *node], check=False, stdout=subprocess.PIPE, stderr=log, cwd=ROOT, timeout=580
         )
     assert done.returncode == 0, (folder / "node.log").read_text()[-6000:]
     return dict(json.loads(done.stdout))

@@ -1,9 +1,7 @@
 """The one connection of all scripts, attacked: TLS, passwords, bursts, stalls, ends at the wrong moment."""
 
 import asyncio
-import datetime
 import hashlib
-import ipaddress
 import os
 import signal
 import socket
@@ -16,10 +14,8 @@ from pathlib import Path
 
 import pytest
 import uvloop
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from redis.asyncio import Redis
+from tests.tls import relay, self_signed
 
 from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redis
 from rempart_platform.tenancy.lua import Script
@@ -64,20 +60,20 @@ async def tls_relay(path: Path, certificate: Path) -> AsyncIterator[TlsRelay]:
     context.load_cert_chain(certificate)
     tasks = set()
 
-    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         tasks.add(task)
         far_reader, far_writer = await asyncio.open_unix_connection(str(path))
         running.writers.add(writer)
         try:
-            await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer))
+            await asyncio.gather(relay(reader, far_writer), relay(far_reader, writer))
         finally:
             running.writers.discard(writer)
             far_writer.close()
             writer.close()
 
-    server = await asyncio.start_server(relay, "127.0.0.1", 0, ssl=context)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
     running = TlsRelay(server.sockets[0].getsockname()[1])
     try:
         yield running
@@ -88,33 +84,9 @@ async def tls_relay(path: Path, certificate: Path) -> AsyncIterator[TlsRelay]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with suppress(OSError):
-        while piece := await reader.read(65536):
-            writer.write(piece)
-            await writer.drain()
-    writer.close()
-
-
 def write_certificate(path: Path) -> Path:
-    """A key and its self-signed certificate for 127.0.0.1."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "redis")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    format_ = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    path.write_bytes(key.private_bytes(*format_) + certificate.public_bytes(serialization.Encoding.PEM))
+    """With its key."""
+    path.write_bytes(b"".join(self_signed()))
     return path
 
 
