@@ -38,7 +38,8 @@ from rempart_platform.oidc.authenticator import Gates, TenantMemory, open_gates
 from rempart_platform.process_metrics import RouterState, register_process_metrics
 from rempart_platform.readiness import Readiness
 from rempart_platform.servers import grpc_server, http_server, metrics_server
-from rempart_platform.tenancy.api_keys import AdminAuthenticator, ApiKeyStore, Authenticator, KeyHasher
+from rempart_platform.tenancy.api_keys import ApiKeyStore, KeyHasher
+from rempart_platform.tenancy.authenticators import AdminAuthenticator, Authenticator
 from rempart_platform.tenancy.fair_queue import FairQueue, open_fair_queue
 from rempart_platform.tenancy.plans import PlanRegistry
 from rempart_platform.tenancy.prices import PriceRegistry

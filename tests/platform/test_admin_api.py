@@ -12,7 +12,8 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from rempart_platform.apis.admin import AdminServicer
 from rempart_platform.console.admin_client import open_admin
 from rempart_platform.generation import Caller, Usage
-from rempart_platform.tenancy.api_keys import AdminAuthenticator, ApiKeyStore, Authenticator, KeyHasher
+from rempart_platform.tenancy.api_keys import ApiKeyStore, KeyHasher
+from rempart_platform.tenancy.authenticators import AdminAuthenticator, Authenticator
 from rempart_platform.tenancy.embedded import EmbeddedRedis, EmbeddedRedisConfig, embedded_redis
 from rempart_platform.tenancy.keyspace import TenantKeys
 from rempart_platform.tenancy.limits import TenantLimits

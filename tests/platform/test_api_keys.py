@@ -6,7 +6,8 @@ import pytest
 
 from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Caller
-from rempart_platform.tenancy.api_keys import AdminAuthenticator, ApiKeyStore, Authenticator, KeyHasher
+from rempart_platform.tenancy.api_keys import ApiKeyStore, KeyHasher
+from rempart_platform.tenancy.authenticators import AdminAuthenticator, Authenticator
 from rempart_platform.tenancy.limits import LimitChange, TenantLimits
 from rempart_platform.tenancy.redis_client import RedisAwayError, RedisClient
 from rempart_platform.tenancy.tenants import TenantRegistry

@@ -46,7 +46,7 @@ from rempart_platform.oidc.keys import KeyRing, open_key_ring
 from rempart_platform.oidc.testing import AUDIENCE, Issuer, local_issuer, new_key, to_jwk
 from rempart_platform.oidc.tokens import TokenVerifier, claim
 from rempart_platform.oidc.values import OidcConfig
-from rempart_platform.tenancy.api_keys import AdminAuthenticator
+from rempart_platform.tenancy.authenticators import AdminAuthenticator
 from rempart_platform.tenancy.limits import TenantLimits
 from rempart_platform.tenancy.tenants import TenantRegistry
 from rempart_platform.tenancy.testing import own_redis

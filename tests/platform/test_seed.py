@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from rempart_platform.generation import ServiceTier
-from rempart_platform.tenancy.api_keys import ApiKeyStore, Authenticator, KeyHasher
+from rempart_platform.tenancy.api_keys import ApiKeyStore, KeyHasher
+from rempart_platform.tenancy.authenticators import Authenticator
 from rempart_platform.tenancy.limits import LimitChange, LimitSet, TenantLimits
 from rempart_platform.tenancy.money import format_money, format_price, parse_money, parse_price
 from rempart_platform.tenancy.plans import PlanRegistry

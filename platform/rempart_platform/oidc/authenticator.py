@@ -17,7 +17,7 @@ from rempart_platform.generation import Caller
 from rempart_platform.oidc.keys import open_key_ring
 from rempart_platform.oidc.tokens import TokenVerifier, claim
 from rempart_platform.oidc.values import OidcConfig
-from rempart_platform.tenancy.api_keys import invalid_key
+from rempart_platform.tenancy.authenticators import invalid_key
 from rempart_platform.tenancy.memory import Memory
 from rempart_platform.tenancy.tenants import TenantRegistry
 

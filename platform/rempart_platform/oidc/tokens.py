@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import jwt
 
 from rempart_platform.oidc.values import OidcConfig
-from rempart_platform.tenancy.api_keys import invalid_key
+from rempart_platform.tenancy.authenticators import invalid_key
 from rempart_platform.tenancy.memory import Memory
 
 _MAX_REMEMBERED = 10_000

@@ -3,8 +3,7 @@
     rk_<key id>_<secret>        key id: 64 random bits, kept in the clear; secret: 256 random bits, kept by the tenant
 
 Kept is HMAC-SHA-256(pepper, whole key). The secret is random, so no slow hash is needed, and without the pepper, which
-is not in Redis, the digests serve no one. A key that is unknown, wrong, revoked or expired gets one and the same
-answer.
+is not in Redis, the digests serve no one.
 """
 
 import hmac
@@ -15,17 +14,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from rempart_platform.errors import ErrorKind, RempartError
-from rempart_platform.generation import Caller
 from rempart_platform.tenancy.keyspace import TenantKeys, api_key_record
 from rempart_platform.tenancy.limits import LIMITS, LimitChange
-from rempart_platform.tenancy.memory import Memory
 from rempart_platform.tenancy.records import FieldChange, change_record
 from rempart_platform.tenancy.redis_client import RedisClient
 
 _KEY_ID = re.compile(r"[0-9a-f]{16}")
 _KEY = re.compile(r"rk_([0-9a-f]{16})_[0-9a-f]{64}")
 MIN_PEPPER_BYTES = 16
-ADMIN_KEY_HOLDER = "admin key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,93 +169,6 @@ def key_id_of(key: str) -> str | None:
     return found.group(1) if found else None
 
 
-class Authenticator:
-    """Bearer token → caller.
-
-    Args:
-        store: where keys are found.
-        hasher: the same that issued them.
-        cache_s: how long a key is remembered; a revoked key lives at most that long.
-        cache_capacity: keys remembered; as many again that do not exist, apart, so that a flood of guesses cannot
-            push out real ones.
-        clock: monotonic seconds.
-        wall_clock: seconds since the epoch, for keys that expire.
-    """
-
-    def __init__(
-        self,
-        store: ApiKeyStore,
-        hasher: KeyHasher,
-        *,
-        cache_s: float = 5.0,
-        cache_capacity: int = 10_000,
-        clock: Callable[[], float] = time.monotonic,
-        wall_clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._store = store
-        self._hasher = hasher
-        self._clock = clock
-        self._wall_clock = wall_clock
-        self._known = Memory[str, KeyRecord | None](cache_capacity, cache_s, clock)
-        self._unknown = Memory[str, KeyRecord | None](cache_capacity, cache_s, clock)
-        self._no_record = KeyRecord("", hasher.digest(secrets.token_hex(32)))
-
-    @property
-    def num_remembered(self) -> int:
-        return len(self._known) + len(self._unknown)
-
-    async def authenticate(self, bearer: str) -> Caller:
-        """The caller of a key, given without "Bearer ".
-
-        Raises:
-            RempartError: INVALID_API_KEY; UNAVAILABLE when Redis is needed and does not answer.
-        """
-        match = _KEY.fullmatch(bearer)
-        if match is None:
-            raise invalid_key()
-        key_id = match.group(1)
-        record = await self._find(key_id)
-        # Compared also when there is no record: the answer takes the same time.
-        is_right = hmac.compare_digest((record or self._no_record).digest, self._hasher.digest(bearer))
-        if record is None or not is_right or 0 < record.expires_s <= self._wall_clock():
-            raise invalid_key()
-        return Caller(record.tenant, key_id)
-
-    async def _find(self, key_id: str) -> KeyRecord | None:
-        remembered = self._known.get(key_id) or self._unknown.get(key_id)
-        if remembered is not None:
-            return remembered[0]
-        asked_at = self._clock()
-        record = await self._store.find(key_id)
-        (self._known if record else self._unknown).put(key_id, record, asked_at)
-        return record
-
-
-class AdminAuthenticator:
-    """Compares a bearer token with the one admin key.
-
-    Raises:
-        ValueError: an admin key so short that it could be guessed.
-    """
-
-    def __init__(self, admin_key: str) -> None:
-        if len(admin_key) < MIN_PEPPER_BYTES:
-            raise ValueError(f"the admin key needs at least {MIN_PEPPER_BYTES} characters")
-        # Digests have one length, so that the comparison does not tell that of the key.
-        self._hasher = KeyHasher(secrets.token_bytes(32))
-        self._digest = self._hasher.digest(admin_key)
-
-    async def authenticate(self, bearer: str) -> str:
-        """Passes the admin key, given without "Bearer ", whose holder has no other name than `ADMIN_KEY_HOLDER`.
-
-        Raises:
-            RempartError: INVALID_API_KEY.
-        """
-        if not hmac.compare_digest(self._digest, self._hasher.digest(bearer)):
-            raise invalid_key()
-        return ADMIN_KEY_HOLDER
-
-
 def is_key_id(text: str) -> bool:
     """Whether a caller's `key_id` is that of a key of ours."""
     return _KEY_ID.fullmatch(text) is not None
@@ -275,8 +184,3 @@ def _no_such_key() -> RempartError:
 
 def _expiry(stored: Mapping[str, str]) -> int:
     return int(stored.get("expires_s", "0"))
-
-
-def invalid_key() -> RempartError:
-    """The one answer to whatever is not valid: it tells nobody how near they are."""
-    return RempartError(ErrorKind.INVALID_API_KEY, "The API key is not valid.")
