@@ -33,8 +33,6 @@ class EmbeddedRedisConfig:
     """
 
     data_folder: Path | None = None
-    fsync: str = "everysec"
-    """"always", "everysec" or "no"; matters only with a data folder."""
     max_memory_bytes: int = 0
     """0: no limit."""
     start_timeout_s: float = 10.0
@@ -105,7 +103,7 @@ def _arguments(config: EmbeddedRedisConfig, socket: Path, log: Path) -> list[str
         "logfile": str(log),
         "save": "",
         "appendonly": "yes" if keeps_data else "no",
-        "appendfsync": config.fsync,
+        "appendfsync": "everysec",
         "maxmemory": str(config.max_memory_bytes),
         "maxmemory-policy": "noeviction",
     }

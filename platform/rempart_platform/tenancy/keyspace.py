@@ -37,7 +37,6 @@ PRICES = "rempart:prices"
 SEEDS = "rempart:seeds"
 AUDIT_HEADS = "rempart:audit:heads"
 AUDIT_BEGINNINGS = "rempart:audit:beginnings"
-_KEYS_OF_ACCOUNT = 6
 
 
 def plan_record(name: str) -> str:
@@ -74,19 +73,22 @@ class TenantKeys:
 
         With the accounts of a model and of a key, where these are given.
         """
-        suffixes = [""]
-        suffixes += [f":model:{model}"] if model else []
-        suffixes += [f":key:{key_id}"] if key_id else []
-        return (*self._shared, *(key for suffix in suffixes for key in self._account(suffix)))
+        keys = *self._shared, *self._account()
+        if model:
+            keys += self._account(f":model:{model}")
+        if key_id:
+            keys += self._account(f":key:{key_id}")
+        return keys
 
     def account(self, model: str = "", key_id: str = "") -> tuple[str, ...]:
         """KEYS of a ledger script for the one account of a model, of a key, or of the tenant when neither is given."""
-        return (*self._shared, *self.ledger_of(model, key_id)[-_KEYS_OF_ACCOUNT:])
+        suffix = f":key:{key_id}" if key_id else f":model:{model}" if model else ""
+        return (*self._shared, *self._account(suffix))
 
     @property
     def _shared(self) -> tuple[str, ...]:
         return tuple(self._key(part) for part in ("tenant", "settled", "usage"))
 
-    def _account(self, suffix: str) -> tuple[str, ...]:
+    def _account(self, suffix: str = "") -> tuple[str, ...]:
         parts = ("window", "amounts", "spent", "leases", "held", "budgets")
         return tuple(self._key(part + suffix) for part in parts)
