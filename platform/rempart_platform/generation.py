@@ -42,6 +42,8 @@ class Standing:
     """The highest class that it may use; what asks for a higher one is served in this one."""
     cache_group: str = ""
     """Tenants of one group share their prefix cache; "" for none."""
+    is_suspended: bool = False
+    """Its requests are refused."""
 
 
 @dataclass(frozen=True, slots=True)

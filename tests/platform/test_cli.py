@@ -71,6 +71,10 @@ def test_a_tenants_life(cli: Cli, platform: PlatformUnderTest) -> None:
     assert (stood["weight"], stood["max_tier"], stood["cache_group"]) == (2.5, "flex", "house")
     stood = cli("tenant", "set", "acme", "--unset", "cache-group", "--unset", "max-tier")
     assert (stood["weight"], stood["max_tier"], stood["cache_group"]) == (2.5, None, None)
+    assert stood["suspended"] is None
+    assert cli("tenant", "set", "acme", "--suspended")["suspended"] is True
+    assert cli("tenant", "set", "acme", "--not-suspended")["suspended"] is False
+    assert cli("tenant", "set", "acme", "--unset", "suspended")["suspended"] is None
 
     issued = cli("key", "issue", "acme")
     (listed,) = cli("key", "list", "acme")["keys"]

@@ -34,6 +34,7 @@ plan = "gold"
 concurrency = 4
 weight = 0.5
 cache_group = "house"
+suspended = true
 [tenants.acme.models.small]
 tokens_per_day = 0
 
@@ -58,7 +59,7 @@ SEED = Seed(
         "acme": TenantSeed(
             "gold",
             LimitSet(TenantLimits(concurrency=4), {"small": TenantLimits(tokens_per_day=0)}),
-            OwnStanding(weight=0.5, cache_group="house"),
+            OwnStanding(weight=0.5, cache_group="house", suspended=True),
         )
     },
     PriceList("EUR", {"some model": ModelPrice(270, 70, 1000)}),
@@ -107,6 +108,7 @@ def test_toml_and_json_say_the_same(tmp_path: Path) -> None:
         ("[plans.gold]\nweight = 0", "plans.gold: 'weight' must be between"),
         ("[plans.gold]\ncache_group = 'house'", "plans.gold has no 'cache_group'"),
         ("[tenants.a]\nmax_tier = 'best'", "tenants.a.max_tier must be one of priority, default"),
+        ("[tenants.a]\nsuspended = 'yes'", "tenants.a.suspended must be true or false"),
         ("[tenants.a]\ncache_group = 'A B'", "tenants.a: 'cache_group' has 1 to 63"),
         ("[tenants.a.models.m]\nplan = 'x'", "tenants.a.models.m has no 'plan'"),
         ("[prices.models.m]\ninput = '0.0001'", "at most three decimals"),
@@ -189,7 +191,7 @@ async def test_seed_makes_what_it_says_and_a_restart_changes_nothing(redis: Redi
         "gold",
         LimitSet(TenantLimits(concurrency=4), {"small": TenantLimits(tokens_per_day=0)}),
     )
-    assert acme.standing == OwnStanding(weight=0.5, cache_group="house")
+    assert acme.standing == OwnStanding(weight=0.5, cache_group="house", suspended=True)
     assert await prices.read() == SEED.prices
 
     await tenants.change("acme", LimitChange(TenantLimits(concurrency=9)))

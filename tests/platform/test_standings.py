@@ -85,6 +85,24 @@ async def test_a_change_of_the_tenant_or_of_its_plan_is_noticed_within_5_s(redis
     assert await standings.of("acme") == Standing()
 
 
+async def test_a_suspended_tenant_is_refused_until_it_or_its_plan_says_otherwise(redis: RedisClient) -> None:
+    tenants, plans, clock = TenantRegistry(redis), PlanRegistry(redis), Clock()
+    standings = Standings(redis, clock)
+    await plans.set("trial", StandingChange(OwnStanding(suspended=True)))
+    await tenants.create("acme", TenantLimits(), standing=OwnStanding(suspended=True))
+    await tenants.create("beta", TenantLimits(), "trial")
+    await tenants.create("gamma", TenantLimits(), "trial", OwnStanding(suspended=False))
+    for tenant in ("acme", "beta"):
+        for _ in range(2):  # read, and remembered
+            with pytest.raises(RempartError, match="suspended") as raised:
+                await standings.of(tenant)
+            assert raised.value.kind is ErrorKind.PERMISSION_DENIED
+    assert await standings.of("gamma") == Standing()
+    await tenants.change("acme", StandingChange(unset=("suspended",)))
+    clock.now_s = 5.0
+    assert await standings.of("acme") == Standing()
+
+
 async def test_while_redis_is_away_those_that_were_seen_stand_as_they_did() -> None:
     clock = Clock()
     living = AsyncExitStack()

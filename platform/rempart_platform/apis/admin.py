@@ -218,11 +218,12 @@ def _standing(standing: admin_pb2.Standing) -> OwnStanding:
         weight=standing.weight if standing.HasField("weight") else None,
         max_tier=max_tier,
         cache_group=standing.cache_group if standing.HasField("cache_group") else None,
+        suspended=standing.suspended if standing.HasField("suspended") else None,
     )
 
 
 def _standing_message(standing: OwnStanding) -> admin_pb2.Standing:
-    message = admin_pb2.Standing(weight=standing.weight, cache_group=standing.cache_group)
+    message = admin_pb2.Standing(weight=standing.weight, cache_group=standing.cache_group, suspended=standing.suspended)
     if standing.max_tier is not None:
         message.max_tier = tier_message(standing.max_tier)
     return message

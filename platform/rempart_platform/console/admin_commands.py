@@ -33,6 +33,7 @@ from rempart_platform.console.standing_options import (
     HEADINGS,
     CacheGroup,
     MaxTier,
+    Suspended,
     Weight,
     standing_cells,
     standing_document,
@@ -65,11 +66,12 @@ def create_tenant(  # noqa: PLR0913 - one for each option
     plan: Annotated[str, typer.Option(help="Whose limits and standing it inherits.", show_default=False)] = "",
     weight: Weight = None,
     max_tier: MaxTier = None,
+    suspended: Suspended = None,
     cache_group: CacheGroup = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a tenant. A limit that is not given is the plan's, or the router's default."""
-    standing = standing_message(weight, max_tier, cache_group)
+    standing = standing_message(weight, max_tier, suspended, cache_group)
     tenant = call(address, admin_key, lambda admin: admin.create_tenant(name, limits, plan, standing))
     _show_tenants([tenant], _tenant_document(tenant) if as_json else None)
 
@@ -98,12 +100,13 @@ def set_limits(
 
 
 @tenants.command("set")
-def set_standing(
+def set_standing(  # noqa: PLR0913 - one for each option
     name: _TenantName,
     admin_key: AdminKey,
     address: Address = DEFAULT_ADDRESS,
     weight: Weight = None,
     max_tier: MaxTier = None,
+    suspended: Suspended = None,
     cache_group: CacheGroup = None,
     unset: Annotated[
         list[str] | None,
@@ -112,7 +115,7 @@ def set_standing(
     as_json: AsJson = False,
 ) -> None:
     """Change how a tenant stands beside the others, and show it. Routers notice within 5 seconds."""
-    standing = standing_message(weight, max_tier, cache_group)
+    standing = standing_message(weight, max_tier, suspended, cache_group)
     tenant = call(address, admin_key, lambda admin: admin.set_standing(name, standing, unset_names(unset)))
     _show_tenants([tenant], _tenant_document(tenant) if as_json else None)
 

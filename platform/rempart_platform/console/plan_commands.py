@@ -29,6 +29,7 @@ from rempart_platform.console.limit_options import (
 from rempart_platform.console.standing_options import (
     HEADINGS,
     MaxTier,
+    Suspended,
     Weight,
     standing_cells,
     standing_document,
@@ -56,10 +57,11 @@ def set_plan(  # noqa: PLR0913 - one for each option
     unset: Unset = None,
     weight: Weight = None,
     max_tier: MaxTier = None,
+    suspended: Suspended = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a plan, or change what is given, and show it."""
-    standing = standing_message(weight, max_tier)
+    standing = standing_message(weight, max_tier, suspended)
     plan = call(address, admin_key, lambda admin: admin.set_plan(name, limits, model, unset_names(unset), standing))
     _show_plans([plan], as_json=as_json, document=_plan_document(plan))
 
@@ -121,6 +123,7 @@ def _plan_document(plan: "admin_pb2.Plan") -> dict[str, object]:
         "name": plan.name,
         "weight": document["weight"],
         "max_tier": document["max_tier"],
+        "suspended": document["suspended"],
         "limits": limits_document(plan.limits),
         "models": limits_by_model(plan.model_limits),
         "created_s": plan.created_s,
@@ -131,12 +134,13 @@ def _show_plans(found: "Sequence[admin_pb2.Plan]", *, as_json: bool, document: d
     if as_json:
         print_json(document)
         return
-    rows = []
+    headings = HEADINGS[:-1]  # who shares a cache is decided tenant by tenant
+    rows, empty = [], [""] * len(headings)
     for plan in found:
-        cells = *standing_cells(plan.standing, "default")[:2], *limit_cells(plan.limits, "default")
+        cells = *standing_cells(plan.standing, "default")[:-1], *limit_cells(plan.limits, "default")
         rows.append((plan.name, EVERY_MODEL, *cells, time_text(plan.created_s)))
-        rows += [(plan.name, each.model, "", "", *limit_cells(each.limits, "-"), "") for each in plan.model_limits]
-    print_table(("plan", "model", *HEADINGS[:2], *LIMITS.values(), "created"), rows)
+        rows += [(plan.name, each.model, *empty, *limit_cells(each.limits, "-"), "") for each in plan.model_limits]
+    print_table(("plan", "model", *headings, *LIMITS.values(), "created"), rows)
 
 
 def _show_prices(found: "admin_pb2.PriceList", *, as_json: bool) -> None:

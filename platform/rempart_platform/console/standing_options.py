@@ -9,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     from rempart_protos.v1 import admin_pb2
 
-HEADINGS = ("weight", "max tier", "cache group")
+HEADINGS = ("weight", "max tier", "suspended", "cache group")
 
 
 class Tier(StrEnum):
@@ -27,6 +27,10 @@ Weight: TypeAlias = Annotated[
 MaxTier: TypeAlias = Annotated[
     Tier | None, typer.Option(help="The highest service tier; default is usual.", show_default=False)
 ]
+Suspended: TypeAlias = Annotated[
+    bool | None,
+    typer.Option("--suspended/--not-suspended", help="Refuse all requests; what runs goes on.", show_default=False),
+]
 CacheGroup: TypeAlias = Annotated[
     str | None,
     typer.Option(
@@ -38,13 +42,13 @@ CacheGroup: TypeAlias = Annotated[
 
 
 def standing_message(
-    weight: float | None, max_tier: Tier | None, cache_group: str | None = None
+    weight: float | None, max_tier: Tier | None, suspended: bool | None, cache_group: str | None = None
 ) -> "admin_pb2.Standing":
     """What is not None is set."""
     from rempart_protos.v1 import admin_pb2
 
     tier = None if max_tier is None else f"SERVICE_TIER_{max_tier.name}"
-    return admin_pb2.Standing(weight=weight, max_tier=tier, cache_group=cache_group)
+    return admin_pb2.Standing(weight=weight, max_tier=tier, suspended=suspended, cache_group=cache_group)
 
 
 def standing_document(standing: "admin_pb2.Standing") -> dict[str, object]:
@@ -52,16 +56,18 @@ def standing_document(standing: "admin_pb2.Standing") -> dict[str, object]:
     return {
         "weight": standing.weight if standing.HasField("weight") else None,
         "max_tier": _tier_name(standing) if standing.HasField("max_tier") else None,
+        "suspended": standing.suspended if standing.HasField("suspended") else None,
         "cache_group": standing.cache_group if standing.HasField("cache_group") else None,
     }
 
 
 def standing_cells(standing: "admin_pb2.Standing", inherited: str) -> Sequence[str]:
     """For a table; `inherited` stands for what is not set."""
-    weight, max_tier, group = standing_document(standing).values()
+    weight, max_tier, suspended, group = standing_document(standing).values()
     return (
         inherited if weight is None else f"{weight:g}",
         inherited if max_tier is None else str(max_tier),
+        inherited if suspended is None else "yes" if suspended else "no",
         "-" if group is None else str(group),
     )
 

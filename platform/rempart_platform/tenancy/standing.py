@@ -1,6 +1,7 @@
 """How tenants stand beside each other: what is kept of it in the records of tenants and plans, and how it is changed.
 
     weight, max_tier    tenant ─► its plan ─► 1, "default"
+    suspended           tenant ─► its plan ─► no
     cache_group         the tenant's own, or none
 
 The fields of the hash have these names.
@@ -15,9 +16,10 @@ from rempart_platform.generation import ServiceTier, Standing
 from rempart_platform.tenancy.names import require_name
 
 MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0
-STANDING = ("weight", "max_tier", "cache_group")
+STANDING = ("weight", "max_tier", "cache_group", "suspended")
 """Names of all that may be set."""
 TIERS = {tier.name.lower(): tier for tier in ServiceTier}
+_SWITCHES = {"0": False, "1": True}
 _T = TypeVar("_T")
 
 
@@ -29,12 +31,16 @@ class OwnStanding:
     max_tier: ServiceTier | None = None
     cache_group: str | None = None
     """Never of a plan: who shares a cache is decided tenant by tenant."""
+    suspended: bool | None = None
 
     @staticmethod
     def parse(stored: Mapping[str, str]) -> "OwnStanding":
         """A record that somebody spoiled must stop neither its tenant nor the queue: what is no value is not set."""
         return OwnStanding(
-            _weight(stored.get("weight")), TIERS.get(stored.get("max_tier", "")), stored.get("cache_group")
+            _weight(stored.get("weight")),
+            TIERS.get(stored.get("max_tier", "")),
+            stored.get("cache_group"),
+            _SWITCHES.get(stored.get("suspended", "")),
         )
 
     def inherit(self, plan: "OwnStanding") -> Standing:
@@ -44,6 +50,7 @@ class OwnStanding:
             weight=_first(self.weight, plan.weight, default.weight),
             max_tier=_first(self.max_tier, plan.max_tier, default.max_tier),
             cache_group=self.cache_group or default.cache_group,
+            is_suspended=_first(self.suspended, plan.suspended, default.is_suspended),
         )
 
     def written(self) -> dict[str, str]:
@@ -52,6 +59,7 @@ class OwnStanding:
             "weight": None if self.weight is None else repr(self.weight),
             "max_tier": None if self.max_tier is None else self.max_tier.name.lower(),
             "cache_group": self.cache_group,
+            "suspended": None if self.suspended is None else str(int(self.suspended)),
         }
         return {name: value for name, value in fields.items() if value is not None}
 

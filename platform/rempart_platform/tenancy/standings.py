@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from rempart_platform.errors import ErrorKind, RempartError
 from rempart_platform.generation import Caller, Standing
 from rempart_platform.tenancy.keyspace import TenantKeys, plan_record
 from rempart_platform.tenancy.redis_client import RedisAwayError, RedisClient
@@ -40,10 +41,18 @@ class Standings:
         self._known: OrderedDict[str, _Known] = OrderedDict()
 
     async def of(self, tenant: str) -> Standing:
-        """How a tenant stands; of one that was seen before also while Redis is away.
+        """How a tenant stands whose requests are served; of one that was seen before also while Redis is away.
 
-        Raises RedisAwayError.
+        Raises:
+            RempartError: PERMISSION_DENIED, it is suspended.
+            RedisAwayError: Redis does not answer.
         """
+        standing = await self._standing(tenant)
+        if standing.is_suspended:
+            raise RempartError(ErrorKind.PERMISSION_DENIED, "This tenant is suspended.")
+        return standing
+
+    async def _standing(self, tenant: str) -> Standing:
         known, now = self._known.get(tenant), self._clock()
         if known is not None:
             if now < known.ends_at:

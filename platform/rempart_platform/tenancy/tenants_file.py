@@ -73,8 +73,9 @@ def read_seed(path: Path, environ: Mapping[str, str] = os.environ, aliases: Coll
 
 
 def _plan(entry: object, where: str) -> PlanSeed:
-    names = {"weight", "max_tier"}
-    return PlanSeed(_limit_set(entry, where, names), _standing(_table(entry, where, None), where))
+    return PlanSeed(
+        _limit_set(entry, where, {*STANDING} - {"cache_group"}), _standing(_table(entry, where, None), where)
+    )
 
 
 def _tenant(entry: object, where: str, environ: Mapping[str, str]) -> TenantSeed:
@@ -104,15 +105,18 @@ def _key(table: Mapping[str, object], where: str, environ: Mapping[str, str]) ->
 
 
 def _standing(table: Mapping[str, object], where: str) -> OwnStanding:
-    weight, max_tier, group = (table.get(name) for name in STANDING)
+    weight, max_tier, group, suspended = (table.get(name) for name in STANDING)
     if not isinstance(weight, int | float | None) or isinstance(weight, bool):
         raise SeedError(f"{where}.weight must be a number")
     if max_tier is not None and str(max_tier) not in TIERS:
         raise SeedError(f"{where}.max_tier must be one of {', '.join(TIERS)}")
+    if not isinstance(suspended, bool | None):
+        raise SeedError(f"{where}.suspended must be true or false")
     standing = OwnStanding(
         weight=None if weight is None else float(weight),
         max_tier=None if max_tier is None else TIERS[str(max_tier)],
         cache_group=None if group is None else str(group),
+        suspended=suspended,
     )
     try:
         StandingChange(standing)

@@ -28,14 +28,16 @@ class TenantLimits(_message.Message):
     def __init__(self, requests_per_minute: _Optional[int] = ..., tokens_per_minute: _Optional[int] = ..., concurrency: _Optional[int] = ..., concurrent_tokens: _Optional[int] = ..., tokens_per_day: _Optional[int] = ..., tokens_per_month: _Optional[int] = ..., money_per_day: _Optional[int] = ..., money_per_month: _Optional[int] = ...) -> None: ...
 
 class Standing(_message.Message):
-    __slots__ = ("weight", "max_tier", "cache_group")
+    __slots__ = ("weight", "max_tier", "cache_group", "suspended")
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     MAX_TIER_FIELD_NUMBER: _ClassVar[int]
     CACHE_GROUP_FIELD_NUMBER: _ClassVar[int]
+    SUSPENDED_FIELD_NUMBER: _ClassVar[int]
     weight: float
     max_tier: _inference_pb2.ServiceTier
     cache_group: str
-    def __init__(self, weight: _Optional[float] = ..., max_tier: _Optional[_Union[_inference_pb2.ServiceTier, str]] = ..., cache_group: _Optional[str] = ...) -> None: ...
+    suspended: bool
+    def __init__(self, weight: _Optional[float] = ..., max_tier: _Optional[_Union[_inference_pb2.ServiceTier, str]] = ..., cache_group: _Optional[str] = ..., suspended: _Optional[bool] = ...) -> None: ...
 
 class ModelLimits(_message.Message):
     __slots__ = ("model", "limits")
