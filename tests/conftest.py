@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 from rempart_platform.local.demo_model import find_demo_model
 
@@ -19,10 +18,6 @@ if find_spec("hypothesis") is not None:  # machines that test kernels alone do w
     # How long an example or its making takes is up to the machine.
     settings.register_profile("rempart", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("rempart")
-
-# How long an example takes says nothing on a machine that has other things to do.
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from tests.buckets import Bucket
 
 from rempart_platform.audit.beginning import WHOLE, BadBeginningError, Beginning, decode_beginning, encode_beginning
 from rempart_platform.audit.buffer import AuditBuffer
@@ -81,8 +80,8 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig_in(url: str, redis: RedisClient, signer: Signer | None = SIGNER) -> AsyncIterator[Rig]:
-    rig = Rig(SegmentStore(open_object_store(url)), HeadStore(redis), ChainWriter(CHAIN, signer))
+async def rig_in(audit_url: str, redis: RedisClient, signer: Signer | None = SIGNER) -> AsyncIterator[Rig]:
+    rig = Rig(SegmentStore(open_object_store(audit_url)), HeadStore(redis), ChainWriter(CHAIN, signer))
     for _ in range(NUM_DAYS):
         await rig.write_day()
     yield rig
@@ -104,18 +103,8 @@ async def kept_days(rig: Rig) -> int:
     return len(await rig.store.days(CHAIN))
 
 
-@pytest.fixture(params=["folder", "bucket"])
-def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "folder":
-        return f"file://{tmp_path}/audit"
-    bucket: Bucket = request.getfixturevalue("bucket")
-    for name, value in bucket.environ.items():
-        monkeypatch.setenv(name, value)
-    return f"{bucket.url}/audit"
-
-
-async def test_what_is_old_goes_and_what_remains_is_right(url: str, redis: RedisClient) -> None:
-    async with rig_in(url, redis) as rig:
+async def test_what_is_old_goes_and_what_remains_is_right(audit_url: str, redis: RedisClient) -> None:
+    async with rig_in(audit_url, redis) as rig:
         await rig.keep(NUM_DAYS)
         assert (await kept_days(rig), rig.told) == (NUM_DAYS, [])
         await rig.keep(3)

@@ -15,7 +15,6 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from prometheus_client import CollectorRegistry
-from tests.buckets import Bucket
 from typer.testing import CliRunner
 
 from rempart_platform.audit.chain import Segment
@@ -37,16 +36,6 @@ from rempart_platform.tenancy.testing import patient
 from rempart_protos.v1 import sampling_pb2
 
 
-@pytest.fixture(params=["folder", "bucket"])
-def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "folder":
-        return f"file://{tmp_path}/audit"
-    bucket: Bucket = request.getfixturevalue("bucket")
-    for name, value in bucket.environ.items():
-        monkeypatch.setenv(name, value)
-    return f"{bucket.url}/audit"
-
-
 @pytest.fixture
 async def server() -> AsyncIterator[EmbeddedRedis]:
     async with embedded_redis(EmbeddedRedisConfig()) as server:
@@ -61,13 +50,13 @@ async def redis(server: EmbeddedRedis) -> AsyncIterator[RedisClient]:
 
 @asynccontextmanager
 async def audit_log(
-    url: str,
+    audit_url: str,
     redis: RedisClient,
     registry: CollectorRegistry | None = None,
     *,
     changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> AsyncIterator[AuditLog]:
-    config = replace(AuditConfig(store=url, seal_s=0.01, close_timeout_s=60.0), **changes)
+    config = replace(AuditConfig(store=audit_url, seal_s=0.01, close_timeout_s=60.0), **changes)
     async with open_audit_log(config, redis, registry or CollectorRegistry(), "digest") as log:
         assert log is not None
         yield log
@@ -78,16 +67,16 @@ def trace(tenant: str) -> RequestTrace:
     return RequestTrace(GenerationRequest("id", Caller(tenant, "key"), "model", (5,), sampling), 1.0, ended_s=2.0)
 
 
-async def write_two_chains(url: str, redis: RedisClient, **changes: object) -> None:
+async def write_two_chains(audit_url: str, redis: RedisClient, **changes: object) -> None:
     for tenant in ("acme", "other"):
-        async with audit_log(url, redis, changes={"max_segment_records": 2, **changes}) as log:
+        async with audit_log(audit_url, redis, changes={"max_segment_records": 2, **changes}) as log:
             for _ in range(5):
                 log.request_ended(trace(tenant))
 
 
-async def test_what_routers_wrote_is_right_and_can_be_read(url: str, redis: RedisClient) -> None:
-    await write_two_chains(url, redis)
-    store = SegmentStore(open_object_store(url))
+async def test_what_routers_wrote_is_right_and_can_be_read(audit_url: str, redis: RedisClient) -> None:
+    await write_two_chains(audit_url, redis)
+    store = SegmentStore(open_object_store(audit_url))
     told: list[int] = []
     done = await verify(store, heads=HeadStore(redis), progress=lambda done: told.append(done.num_records))
     assert (done.num_chains, done.num_records, done.problems) == (2, 14, [])
@@ -100,8 +89,8 @@ async def test_what_routers_wrote_is_right_and_can_be_read(url: str, redis: Redi
     assert not [record async for record in read_records(store, Wanted(day="1999-12-31"))]
 
 
-async def test_a_segment_is_never_overwritten(url: str) -> None:
-    store = SegmentStore(open_object_store(url))
+async def test_a_segment_is_never_overwritten(audit_url: str) -> None:
+    store = SegmentStore(open_object_store(audit_url))
     segment = Segment("chains/c/2026-11-25/0000000000000000.jsonl", b"first", 0, b"")
     await store.put(segment)
     await store.put(segment)
@@ -163,19 +152,19 @@ async def test_what_cannot_be_used_is_refused_at_the_start(
 
 
 async def test_a_chain_goes_on_while_redis_is_away(tmp_path: Path) -> None:
-    url = f"file://{tmp_path}/audit"
-    async with connect_redis(patient("unix:///nowhere")) as away, audit_log(url, away) as log:
+    audit_url = f"file://{tmp_path}/audit"
+    async with connect_redis(patient("unix:///nowhere")) as away, audit_log(audit_url, away) as log:
         log.request_ended(trace("acme"))
-    assert (await verify(SegmentStore(open_object_store(url)))).problems == []
+    assert (await verify(SegmentStore(open_object_store(audit_url)))).problems == []
 
 
 async def test_a_chain_goes_on_while_redis_takes_no_writes(tmp_path: Path, redis: RedisClient) -> None:
     """As when its disk is full, or when it misses its replicas."""
-    url = f"file://{tmp_path}/audit"
+    audit_url = f"file://{tmp_path}/audit"
     await redis.call(lambda redis: redis.config_set("min-replicas-to-write", 1))
-    async with audit_log(url, redis) as log:
+    async with audit_log(audit_url, redis) as log:
         log.request_ended(trace("acme"))
-    done = await verify(SegmentStore(open_object_store(url)))
+    done = await verify(SegmentStore(open_object_store(audit_url)))
     assert (done.num_records, done.problems) == (3, [])
 
 
@@ -207,15 +196,15 @@ async def test_the_command_names_what_is_missing_and_leaves_with_1(
     tmp_path: Path, server: EmbeddedRedis, redis: RedisClient, keys: tuple[str, str]
 ) -> None:
     private, public = keys
-    url = f"file://{tmp_path}/audit"
-    await write_two_chains(url, redis, signing_key=private)
-    ask = ("verify", url, "--redis-url", server.url, "--public-key", public)
+    audit_url = f"file://{tmp_path}/audit"
+    await write_two_chains(audit_url, redis, signing_key=private)
+    ask = ("verify", audit_url, "--redis-url", server.url, "--public-key", public)
     exit_code, said, _ = await asyncio.to_thread(run, *ask)
     assert (exit_code, said["problems"], said["chains"], said["records"]) == (0, [], 2, 14)
 
     segments = sorted((tmp_path / "audit").rglob("*.jsonl"))
     segments[-1].unlink()
-    assert (await asyncio.to_thread(run, "verify", url))[0] == 0  # nobody else knows how long it was
+    assert (await asyncio.to_thread(run, "verify", audit_url))[0] == 0  # nobody else knows how long it was
     exit_code, said, _ = await asyncio.to_thread(run, *ask)
     (problem,) = said["problems"]
     assert (exit_code, "the chain ends here, but it had 7 records" in problem) == (1, True)
@@ -233,26 +222,26 @@ async def test_a_chain_of_whom_nobody_heard_is_found(
     for path, data in write_chain([2, 2]).segments.items():
         (forged / path).parent.mkdir(parents=True, exist_ok=True)
         (forged / path).write_bytes(data)
-    url = f"file://{forged}"
-    assert (await asyncio.to_thread(run, "verify", url))[0] == 0
+    audit_url = f"file://{forged}"
+    assert (await asyncio.to_thread(run, "verify", audit_url))[0] == 0
     for proof in (("--redis-url", server.url), ("--public-key", keys[1])):
-        exit_code, said, _ = await asyncio.to_thread(run, "verify", url, *proof)
+        exit_code, said, _ = await asyncio.to_thread(run, "verify", audit_url, *proof)
         assert exit_code == 1
         assert "never heard of it" in str(said["problems"]) or "not signed with the given key" in str(said["problems"])
 
 
 def test_the_command_says_what_it_cannot_do(tmp_path: Path) -> None:
     (tmp_path / "audit").mkdir()
-    url = f"file://{tmp_path}/audit"
+    audit_url = f"file://{tmp_path}/audit"
     for args, said in (
         (("verify", "http://x"), "is neither file"),
-        (("verify", url, "--public-key", "/nowhere"), "--public-key: /nowhere"),
-        (("verify", url, "--redis-url", "unix:///nowhere"), "Redis does not answer"),
-        (("verify", url, "--redis-url", "no url"), "--redis-url: "),
-        (("verify", url), "holds no audit log"),
-        (("show", url, "--day", "25.11.2026"), "--day: '25.11.2026' is no day such as 2026-11-25"),
-        (("verify", f"{url}-mistyped"), f"there is no folder {tmp_path}/audit-mistyped"),
-        (("show", f"{url}-mistyped"), f"there is no folder {tmp_path}/audit-mistyped"),
+        (("verify", audit_url, "--public-key", "/nowhere"), "--public-key: /nowhere"),
+        (("verify", audit_url, "--redis-url", "unix:///nowhere"), "Redis does not answer"),
+        (("verify", audit_url, "--redis-url", "no url"), "--redis-url: "),
+        (("verify", audit_url), "holds no audit log"),
+        (("show", audit_url, "--day", "25.11.2026"), "--day: '25.11.2026' is no day such as 2026-11-25"),
+        (("verify", f"{audit_url}-mistyped"), f"there is no folder {tmp_path}/audit-mistyped"),
+        (("show", f"{audit_url}-mistyped"), f"there is no folder {tmp_path}/audit-mistyped"),
     ):
         exit_code, _, error = run(*args)
         assert (exit_code, said in error) == (2, True), error
@@ -262,30 +251,30 @@ def test_the_command_says_what_it_cannot_do(tmp_path: Path) -> None:
 async def test_what_redis_says_and_nobody_can_read_is_a_problem_of_that_chain(
     tmp_path: Path, server: EmbeddedRedis, redis: RedisClient
 ) -> None:
-    url = f"file://{tmp_path}/audit"
-    await write_two_chains(url, redis)
+    audit_url = f"file://{tmp_path}/audit"
+    await write_two_chains(audit_url, redis)
     chain = sorted(path.name for path in (tmp_path / "audit" / "chains").iterdir())[0]
     await redis.write_hash(AUDIT_HEADS, {chain: "nonsense"})
-    exit_code, said, _ = await asyncio.to_thread(run, "verify", url, "--redis-url", server.url)
+    exit_code, said, _ = await asyncio.to_thread(run, "verify", audit_url, "--redis-url", server.url)
     assert (exit_code, said["chains"]) == (1, 2)
     assert said["problems"] == [f"chain {chain}: what Redis says of it cannot be read"]
 
 
 async def test_gaps_are_counted(tmp_path: Path, redis: RedisClient) -> None:
-    url = f"file://{tmp_path}/audit"
-    async with audit_log(url, redis, changes={"max_buffered": 1, "when_full": "drop"}) as log:
+    audit_url = f"file://{tmp_path}/audit"
+    async with audit_log(audit_url, redis, changes={"max_buffered": 1, "when_full": "drop"}) as log:
         for _ in range(3):
             log.request_ended(trace("acme"))
-    exit_code, said, _ = await asyncio.to_thread(run, "verify", url)
+    exit_code, said, _ = await asyncio.to_thread(run, "verify", audit_url)
     assert (exit_code, said["problems"], said["lost"]) == (0, [], 3)
 
 
 async def test_no_record_commands_the_terminal_of_who_reads_it(tmp_path: Path, redis: RedisClient) -> None:
     """Anybody may call the Admin service, and what they ask for is recorded though it is refused."""
-    url, hostile = f"file://{tmp_path}/audit", "\x1b[2J\u202e\n2026-11-25  outcome who=admin"
-    async with audit_log(url, redis) as log:
+    audit_url, hostile = f"file://{tmp_path}/audit", "\x1b[2J\u202e\n2026-11-25  outcome who=admin"
+    async with audit_log(audit_url, redis) as log:
         log.act_refused({"act": "create_tenant", "tenant": hostile}, "invalid_api_key")
-    shown = await asyncio.to_thread(CliRunner().invoke, app, ["audit", "show", url, "--kind", "outcome"])
+    shown = await asyncio.to_thread(CliRunner().invoke, app, ["audit", "show", audit_url, "--kind", "outcome"])
     (line,) = shown.stdout.splitlines()
     assert line.isprintable()
     assert ' who=""' in line
@@ -305,14 +294,14 @@ async def test_who_stops_reading_is_not_taken_for_the_store(
 
 
 async def test_show_prints_records_for_people_and_for_programs(tmp_path: Path, redis: RedisClient) -> None:
-    url = f"file://{tmp_path}/audit"
-    await write_two_chains(url, redis)
-    shown = await asyncio.to_thread(CliRunner().invoke, app, ["audit", "show", url, "--tenant", "acme", "--json"])
+    audit_url = f"file://{tmp_path}/audit"
+    await write_two_chains(audit_url, redis)
+    shown = await asyncio.to_thread(CliRunner().invoke, app, ["audit", "show", audit_url, "--tenant", "acme", "--json"])
     records = [json.loads(line) for line in shown.stdout.splitlines()]
     assert [(record["tenant"], record["kind"]) for record in records] == [("acme", "request")] * 5
-    shown = await asyncio.to_thread(CliRunner().invoke, app, ["audit", "show", url, "--kind", "end"])
+    shown = await asyncio.to_thread(CliRunner().invoke, app, ["audit", "show", audit_url, "--kind", "end"])
     assert [line.split()[1] for line in shown.stdout.splitlines()] == ["end", "end"]
     segment = sorted((tmp_path / "audit").rglob("*.jsonl"))[0]
     segment.write_bytes(segment.read_bytes().replace(b"{", b"\xff"))
-    shown = await asyncio.to_thread(CliRunner().invoke, app, ["audit", "show", url])
+    shown = await asyncio.to_thread(CliRunner().invoke, app, ["audit", "show", audit_url])
     assert (shown.exit_code, "no record" in shown.stderr) == (2, True)

@@ -320,21 +320,26 @@ async def test_a_taken_port_is_refused(model_folder: Path, engine: FakeEngine) -
     assert caught.group_contains(OSError, match="in use")
 
 
+async def router_process(model_folder: Path, redis_url: str, *flags: str) -> asyncio.subprocess.Process:
+    secrets = {
+        "REMPART_ADMIN_KEY": ADMIN_KEY,
+        "REMPART_KEY_PEPPER": "a pepper of 16 bytes",
+        "REMPART_CACHE_SECRET": "a secret of 16 bytes",
+        "REMPART_REDIS_URL": redis_url,
+    }
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "rempart_platform", "--model", f"{MODEL}={model_folder}", *flags),
+        env=os.environ | secrets,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
 async def test_the_process_says_why_it_cannot_start(model_folder: Path, tmp_path: Path) -> None:
     tenants = tmp_path / "tenants.toml"
     tenants.write_text("[tenants.acme]\nplna = 'gold'\n")
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "rempart_platform", "--model", f"{MODEL}={model_folder}"),
-        *("--engines", "127.0.0.1:1", "--tenants-file", str(tenants)),
-        env=os.environ
-        | {
-            "REMPART_ADMIN_KEY": ADMIN_KEY,
-            "REMPART_KEY_PEPPER": "a pepper of 16 bytes",
-            "REMPART_CACHE_SECRET": "a secret of 16 bytes",
-            "REMPART_REDIS_URL": "redis://127.0.0.1:1",
-        },
-        stderr=asyncio.subprocess.PIPE,
-    )
+    flags = ("--engines", "127.0.0.1:1", "--tenants-file", str(tenants))
+    process = await router_process(model_folder, "redis://127.0.0.1:1", *flags)
     _, errors = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 1
     said = json.loads(errors.splitlines()[-1])
@@ -346,19 +351,8 @@ async def test_the_process_prints_one_ready_line_and_leaves_by_a_signal_with_0(
     model_folder: Path, engine: FakeEngine
 ) -> None:
     async with embedded_redis(EmbeddedRedisConfig()) as redis:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "rempart_platform", "--model", f"{MODEL}={model_folder}"),
-            *("--engines", engine.address, "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"),
-            env=os.environ
-            | {
-                "REMPART_ADMIN_KEY": ADMIN_KEY,
-                "REMPART_KEY_PEPPER": "a pepper of 16 bytes",
-                "REMPART_CACHE_SECRET": "a secret of 16 bytes",
-                "REMPART_REDIS_URL": redis.url,
-            },
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
+        flags = ("--engines", engine.address, "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
+        process = await router_process(model_folder, redis.url, *flags)
         assert process.stdout is not None
         line = json.loads(await asyncio.wait_for(process.stdout.readline(), 60))
         assert set(line) == {"ready", "http", "grpc", "metrics"}
