@@ -11,10 +11,8 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
-import tokenizers
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from tokenizers import decoders, models, pre_tokenizers
 
 from rempart_platform.cluster.testing import FakeKubernetes, endpoint
 from rempart_platform.config import ModelSource, RouterConfig, RouterSecrets
@@ -22,9 +20,9 @@ from rempart_platform.endpoints.service_name import ServiceName
 from rempart_platform.endpoints.session import SessionConfig
 from rempart_platform.endpoints.testing import FakeEngine, Faults, fake_model_info
 from rempart_platform.holding import HoldConfig
+from rempart_platform.local.testing import write_byte_model
 from rempart_platform.router import serve
 from rempart_platform.tenancy.embedded import EmbeddedRedisConfig, embedded_redis
-from rempart_platform.text.byte_level import BYTE_OF
 from rempart_protos.v1 import admin_pb2, admin_pb2_grpc, engine_pb2, inference_pb2, inference_pb2_grpc, sampling_pb2
 
 MODEL = "smol"
@@ -44,16 +42,7 @@ def fake_engine(**options: object) -> FakeEngine:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The text side of a model whose token ids are bytes, with ChatML's two marks."""
-    folder = tmp_path_factory.mktemp("model")
-    backend = tokenizers.Tokenizer(models.BPE({character: byte for character, byte in BYTE_OF.items()}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    backend.save(str(folder / "tokenizer.json"))
-    template = "{% for m in messages %}<|im_start|>{{m.role}}{{m.content}}<|im_end|>{% endfor %}"
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "eos_token": "<|im_end|>"}))
-    return folder
+    return write_byte_model(tmp_path_factory.mktemp("model"))
 
 
 @dataclass(frozen=True)
