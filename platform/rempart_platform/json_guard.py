@@ -1,6 +1,6 @@
 """How many values a JSON text holds and how deep they nest, found at the speed of `bytes.replace`, building nothing."""
 
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import RempartError, invalid_request
 
 _BRACKETS = bytes.maketrans(b"{}", b"[]")
 _NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
@@ -25,7 +25,7 @@ def check_json_shape(data: bytes, *, max_nodes: int, max_depth: int, param: str 
         nesting = nesting.replace(b"[]", b"")
     if nesting.strip(b"]"):
         message = f"The JSON nests deeper than {max_depth} levels (limit max_json_depth)."
-        raise RempartError(ErrorKind.INVALID_REQUEST, message, param=param)
+        raise invalid_request(message, param)
 
 
 def _count_nodes(structure: bytes) -> int:
@@ -42,4 +42,4 @@ def _without_strings(data: bytes, max_nodes: int, param: str | None) -> bytes:
 
 def _too_many(max_nodes: int, param: str | None) -> RempartError:
     message = f"The JSON holds more than {max_nodes} values (limit max_json_nodes)."
-    return RempartError(ErrorKind.INVALID_REQUEST, message, param=param)
+    return invalid_request(message, param)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from rempart_platform.bounds import require_positive
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import invalid_request
 
 _MAY_BE_ZERO = (
     "max_tools",
@@ -67,4 +67,4 @@ def require_at_most(value: int, limits: RequestLimits, limit: str, param: str, *
     bound: int = getattr(limits, limit)
     if value > bound:
         message = f"'{param}' has {value} {unit}; at most {bound} are allowed (limit {limit})."
-        raise RempartError(ErrorKind.INVALID_REQUEST, message, param=param)
+        raise invalid_request(message, param)

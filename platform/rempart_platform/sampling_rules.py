@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import invalid_request
 from rempart_platform.request_limits import RequestLimits, require_at_most
 from rempart_protos.v1 import sampling_pb2
 
@@ -52,9 +52,7 @@ def check_sampling(sampling: sampling_pb2.SamplingParams, vocab_size: int, limit
     _check_counts(sampling, limits)
     _check_token_ids(sampling, vocab_size)
     if sampling.HasField("prompt_logprobs"):
-        raise RempartError(
-            ErrorKind.INVALID_REQUEST, "'prompt_logprobs' is not supported here.", param="prompt_logprobs"
-        )
+        raise invalid_request("'prompt_logprobs' is not supported here.", "prompt_logprobs")
 
 
 def _check_counts(sampling: sampling_pb2.SamplingParams, limits: RequestLimits) -> None:
@@ -79,11 +77,11 @@ def require_in_vocabulary(token_id: int, vocab_size: int, param: str) -> None:
     """Raises INVALID_REQUEST when the model has no such token id."""
     if token_id >= vocab_size:
         message = f"'{param}' names token id {token_id}; this model's token ids are below {vocab_size}."
-        raise RempartError(ErrorKind.INVALID_REQUEST, message, param=param)
+        raise invalid_request(message, param)
 
 
 def _require_in_range(value: float, allowed: _Range, param: str) -> None:
     if value not in allowed:
         shown = "not a number" if math.isnan(value) else value if isinstance(value, int) else f"{value:g}"
         message = f"'{param}' is {shown}; it must be {allowed.asked_of(value)}."
-        raise RempartError(ErrorKind.INVALID_REQUEST, message, param=param)
+        raise invalid_request(message, param)

@@ -12,7 +12,7 @@ from typing import TypeAlias
 from rempart_platform.chat.format import ChatFormat
 from rempart_platform.chat.message import Conversation
 from rempart_platform.conversation_rules import ConversationMessage, check_conversation_size, to_conversation
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import ErrorKind, RempartError, invalid_request
 from rempart_platform.generation import Caller, GenerationRequest, ServiceTier, Standing
 from rempart_platform.models import ServedModel
 from rempart_platform.request_limits import RequestLimits, require_at_most
@@ -104,7 +104,7 @@ async def complete(
             if len(prompt) < model.max_model_len:  # else refused below, for its length
                 _check_prompt_ids(prompt, model)
         case _:
-            raise _invalid("'prompt' is required.", "prompt")
+            raise invalid_request("'prompt' is required.", "prompt")
     return _admissible(_Said(prompt, "prompt", is_whole), request.options, model, limits, arrival)
 
 
@@ -146,7 +146,7 @@ def _max_tool_calls(request: inference_pb2.ChatRequest) -> int | None:
 def _chat_format(model: ServedModel) -> ChatFormat:
     if model.chat_format is None:
         message = f"The model `{model.name}` has no chat format that is supported; use completions."
-        raise _invalid(message, "model")
+        raise invalid_request(message, "model")
     return model.chat_format
 
 
@@ -156,9 +156,9 @@ def _check_options(options: inference_pb2.GenerationOptions, model: ServedModel,
     for stop in options.stop:
         require_at_most(len(stop), limits, "max_stop_chars", "stop", unit="characters in one string")
         if not stop:
-            raise _invalid("'stop' holds an empty string.", "stop")
+            raise invalid_request("'stop' holds an empty string.", "stop")
     if options.service_tier not in _SERVICE_TIERS:
-        raise _invalid("'service_tier' must be one of the enum's values.", "service_tier")
+        raise invalid_request("'service_tier' must be one of the enum's values.", "service_tier")
     _check_labels(options, limits)
 
 
@@ -191,7 +191,7 @@ def _admissible(
     arrival: Arrival,
 ) -> GenerationRequest:
     if not said.prompt:
-        raise _invalid(f"'{said.param}' must hold at least one token.", said.param)
+        raise invalid_request(f"'{said.param}' must hold at least one token.", said.param)
     sampling = sampling_pb2.SamplingParams()
     sampling.CopyFrom(options.sampling)
     sampling.max_tokens = _max_tokens(len(said.prompt), said.param, sampling, model, limits)
@@ -199,7 +199,7 @@ def _admissible(
         sampling.seed = arrival.seed
     if sampling.min_tokens > sampling.max_tokens:
         message = f"'min_tokens' is {sampling.min_tokens}, above 'max_tokens', which is {sampling.max_tokens}."
-        raise _invalid(message, "min_tokens")
+        raise invalid_request(message, "min_tokens")
     return GenerationRequest(
         request_id=arrival.request_id,
         client_request_id=arrival.client_request_id,
@@ -244,7 +244,3 @@ def _max_tokens(
         )
         raise RempartError(ErrorKind.CONTEXT_LENGTH_EXCEEDED, message, param=param)
     return sampling.max_tokens
-
-
-def _invalid(message: str, param: str) -> RempartError:
-    return RempartError(ErrorKind.INVALID_REQUEST, message, param=param)

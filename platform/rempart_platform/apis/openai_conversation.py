@@ -10,7 +10,7 @@ from typing import Protocol
 
 import msgspec
 
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import invalid_request
 from rempart_protos.v1 import inference_pb2
 
 _NULL = msgspec.Raw(b"null")
@@ -135,12 +135,12 @@ def _text(body: MessageBody, param: str) -> str:
         case list(parts):
             for part in parts:
                 if part.type != "text" or part.text is None:
-                    raise _invalid(f"Content of type '{part.type[:32]}' is not supported.", param)
+                    raise invalid_request(f"Content of type '{part.type[:32]}' is not supported.", param)
             return "".join(part.text or "" for part in parts)
         case None:
             if body.tool_calls:
                 return ""
-            raise _invalid(f"'{param}' must be a text.", param)
+            raise invalid_request(f"'{param}' must be a text.", param)
 
 
 def _tool_call(body: ToolCallBody, param: str) -> inference_pb2.ToolCall:
@@ -152,7 +152,7 @@ def _tool(body: ToolBody, param: str) -> inference_pb2.Tool:
     _require_function(body.type, f"{param}.type")
     function = body.function
     if function is None:
-        raise _invalid(f"'{param}.function' is required.", f"{param}.function")
+        raise invalid_request(f"'{param}.function' is required.", f"{param}.function")
     return inference_pb2.Tool(
         name=function.name,
         description=function.description or "",
@@ -164,11 +164,11 @@ def _tool(body: ToolBody, param: str) -> inference_pb2.Tool:
 def _tool_choice(body: str | ToolChoiceBody) -> inference_pb2.ToolChoice:
     if isinstance(body, str):
         if body not in _MODES:
-            raise _invalid(f"'tool_choice' must be one of {_listed(_MODES)}, or name a function.", "tool_choice")
+            raise invalid_request(f"'tool_choice' must be one of {_listed(_MODES)}, or name a function.", "tool_choice")
         return inference_pb2.ToolChoice(mode=_MODES[body])
     _require_function(body.type, "tool_choice.type")
     if body.function is None:
-        raise _invalid("'tool_choice.function' is required.", "tool_choice.function")
+        raise invalid_request("'tool_choice.function' is required.", "tool_choice.function")
     return inference_pb2.ToolChoice(function=body.function.name)
 
 
@@ -176,11 +176,11 @@ def _thinking(body: PromptShape) -> bool | None:
     kwargs = body.chat_template_kwargs or TemplateKwargs()
     effort = body.reasoning_effort
     if effort is not None and effort not in _EFFORTS:
-        raise _invalid(f"'reasoning_effort' must be one of {_listed(_EFFORTS)}.", "reasoning_effort")
+        raise invalid_request(f"'reasoning_effort' must be one of {_listed(_EFFORTS)}.", "reasoning_effort")
     said = {kwargs.thinking, kwargs.enable_thinking, None if effort is None else effort != _NO_EFFORT} - {None}
     if len(said) > 1:
         message = "'chat_template_kwargs' and 'reasoning_effort' contradict each other on thinking."
-        raise _invalid(message, "chat_template_kwargs")
+        raise invalid_request(message, "chat_template_kwargs")
     return said.pop() if said else None
 
 
@@ -191,9 +191,9 @@ def _response_format(body: ResponseFormatBody | None) -> inference_pb2.ResponseF
         return inference_pb2.ResponseFormat()
     if body.type != "json_schema":
         message = "'response_format.type' must be one of 'text', 'json_object', 'json_schema'."
-        raise _invalid(message, "response_format.type")
+        raise invalid_request(message, "response_format.type")
     if body.json_schema is None:
-        raise _invalid("'response_format.json_schema' is required.", "response_format.json_schema")
+        raise invalid_request("'response_format.json_schema' is required.", "response_format.json_schema")
     schema = _json_text(body.json_schema.schema, "response_format.json_schema.schema")
     return inference_pb2.ResponseFormat(json_schema=schema)
 
@@ -205,17 +205,13 @@ def _json_text(raw: msgspec.Raw, param: str) -> str:
     try:
         return bytes(raw).decode()
     except UnicodeDecodeError:
-        raise _invalid(f"'{param}' is not valid JSON.", param) from None
+        raise invalid_request(f"'{param}' is not valid JSON.", param) from None
 
 
 def _require_function(kind: str, param: str) -> None:
     if kind != "function":
-        raise _invalid(f"'{param}' must be 'function', the only type that is supported.", param)
+        raise invalid_request(f"'{param}' must be 'function', the only type that is supported.", param)
 
 
 def _listed(words: Iterable[str]) -> str:
     return ", ".join(map(repr, words))
-
-
-def _invalid(message: str, param: str) -> RempartError:
-    return RempartError(ErrorKind.INVALID_REQUEST, message, param=param)

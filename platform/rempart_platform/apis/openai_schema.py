@@ -18,7 +18,7 @@ from rempart_platform.apis.openai_conversation import (
     chat_messages,
     shape_prompt,
 )
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import invalid_request
 from rempart_protos.v1 import inference_pb2, sampling_pb2
 
 _TIERS = {
@@ -110,7 +110,7 @@ def chat_request(body: ChatBody) -> inference_pb2.ChatRequest:
     if body.logprobs:
         options.sampling.logprobs = body.top_logprobs or 0
     elif body.top_logprobs is not None:
-        raise _invalid("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
+        raise invalid_request("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
     request = inference_pb2.ChatRequest(
         model=body.model,
         messages=chat_messages(body.messages),
@@ -127,9 +127,9 @@ def complete_request(body: CompletionBody) -> inference_pb2.CompleteRequest:
     if body.logprobs is not None:
         options.sampling.logprobs = body.logprobs
         if body.echo:
-            raise _invalid("'logprobs' of an echoed prompt are not supported.", "logprobs")
+            raise invalid_request("'logprobs' of an echoed prompt are not supported.", "logprobs")
     if body.best_of is not None and body.best_of != (body.n or 1):
-        raise _invalid("'best_of' other than 'n' is not supported.", "best_of")
+        raise invalid_request("'best_of' other than 'n' is not supported.", "best_of")
     request = inference_pb2.CompleteRequest(model=body.model, options=options, echo=bool(body.echo))
     _set_prompt(request, body.prompt)
     return request
@@ -138,9 +138,9 @@ def complete_request(body: CompletionBody) -> inference_pb2.CompleteRequest:
 def tokenize_request(body: TokenizeBody) -> inference_pb2.TokenizeRequest:
     """Raises RempartError INVALID_REQUEST unless there is either a prompt or messages."""
     if (body.prompt is None) == (body.messages is None):
-        raise _invalid("Either 'prompt' or 'messages' is required.", "prompt")
+        raise invalid_request("Either 'prompt' or 'messages' is required.", "prompt")
     if body.messages == []:
-        raise _invalid("'messages' must hold at least one message.", "messages")
+        raise invalid_request("'messages' must hold at least one message.", "messages")
     messages = chat_messages(body.messages or [])
     request = inference_pb2.TokenizeRequest(
         model=body.model,
@@ -185,7 +185,7 @@ def _service_tier(name: str | None) -> inference_pb2.ServiceTier:
     if name is None:
         return inference_pb2.SERVICE_TIER_UNSPECIFIED
     if name not in _TIERS:
-        raise _invalid(f"'service_tier' must be one of {', '.join(map(repr, _TIERS))}.", "service_tier")
+        raise invalid_request(f"'service_tier' must be one of {', '.join(map(repr, _TIERS))}.", "service_tier")
     return _TIERS[name]
 
 
@@ -201,8 +201,4 @@ def _set_prompt(request: inference_pb2.CompleteRequest, prompt: str | list[str |
             request.token_ids.ids.extend(ids)
         case _:
             message = "'prompt' must be one text or one list of token ids; send several prompts as several requests."
-            raise _invalid(message, "prompt")
-
-
-def _invalid(message: str, param: str) -> RempartError:
-    return RempartError(ErrorKind.INVALID_REQUEST, message, param=param)
+            raise invalid_request(message, "prompt")

@@ -2,7 +2,7 @@
 
 import re
 
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import invalid_request
 
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
 
@@ -16,4 +16,4 @@ def require_name(text: str, of: str, param: str) -> None:
     """Raises RempartError INVALID_REQUEST when it may not: `of` is what it should be, as its sentence begins."""
     if not is_name(text):
         message = f"{of} has 1 to 63 characters: lower-case letters, digits and '-', starting with a letter."
-        raise RempartError(ErrorKind.INVALID_REQUEST, message, param=param)
+        raise invalid_request(message, param)

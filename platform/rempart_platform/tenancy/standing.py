@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from rempart_platform.errors import ErrorKind, RempartError
+from rempart_platform.errors import invalid_request
 from rempart_platform.generation import ServiceTier, Standing
 from rempart_platform.tenancy.names import require_name
 
@@ -80,12 +80,12 @@ class StandingChange:
     def __post_init__(self) -> None:
         weight, group = self.own.weight, self.own.cache_group
         if weight is not None and not MIN_WEIGHT <= weight <= MAX_WEIGHT:
-            raise _invalid(f"'weight' must be between {MIN_WEIGHT:g} and {MAX_WEIGHT:g}.", "standing.weight")
+            raise invalid_request(f"'weight' must be between {MIN_WEIGHT:g} and {MAX_WEIGHT:g}.", "standing.weight")
         if group is not None:
             require_name(group, "'cache_group'", "standing.cache_group")
         for name in self.unset:
             if name not in STANDING:
-                raise _invalid(f"There is no '{name[:63]}' of a standing.", "unset")
+                raise invalid_request(f"There is no '{name[:63]}' of a standing.", "unset")
 
     def written(self) -> dict[str, str]:
         return self.own.written()
@@ -106,7 +106,3 @@ def _first(own: _T | None, plan: _T | None, default: _T) -> _T:
     if own is not None:
         return own
     return plan if plan is not None else default
-
-
-def _invalid(message: str, param: str) -> RempartError:
-    return RempartError(ErrorKind.INVALID_REQUEST, message, param=param)
